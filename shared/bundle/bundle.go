@@ -3,7 +3,7 @@
 //
 // # Format
 //
-// A bundle travels as gzip over canonical JSON (keys in a fixed order, pods by
+// A bundle travels as base64 over gzip over canonical JSON (keys in a fixed order, pods by
 // namespace, name and UID, no insignificant white space). What is secret
 // (Secrets, pull secrets, service account tokens) is one sealed blob, see
 // package seal. ContentHash covers everything else in the document, so that a
@@ -39,9 +39,8 @@ const (
 	// FormatVersion is the only format that this package reads and writes.
 	FormatVersion = 1
 	// MaxEncodedSize limits an encoded bundle, in bytes. A Secret and a file
-	// in a Flightctl device both hold 1 MiB, the latter as base64 and with
-	// the rest of the device around it.
-	MaxEncodedSize = 700 << 10
+	// in a Flightctl device both hold 1 MiB, with other things around it.
+	MaxEncodedSize = 900 << 10
 	// MaxDecodedSize limits what an encoded bundle may expand to, in bytes.
 	MaxDecodedSize = 16 << 20
 )

@@ -3,6 +3,7 @@ package bundle_test
 import (
 	"bytes"
 	"compress/gzip"
+	"encoding/base64"
 	"encoding/json"
 	"testing"
 
@@ -19,5 +20,5 @@ func pack(t *testing.T, v any) []byte {
 	_, err = w.Write(text)
 	require.NoError(t, err)
 	require.NoError(t, w.Close())
-	return out.Bytes()
+	return base64.StdEncoding.AppendEncode(nil, out.Bytes())
 }

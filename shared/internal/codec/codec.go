@@ -1,10 +1,14 @@
 // Package codec is how documents travel between the halves of Jetbridge: as
-// gzip over JSON, read strictly and with bounded work, whoever wrote them.
+// base64 over gzip over JSON, read strictly and with bounded work, whoever
+// wrote them. Text, because that is all that Flightctl carries unharmed: custom
+// info is a string, and of an inline file that is declared as base64 version
+// 1.2.0 escapes some characters like in a URL.
 package codec
 
 import (
 	"bytes"
 	"compress/gzip"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,7 +23,7 @@ type Format struct {
 	Name string
 	// Version is the only value of formatVersion that is read.
 	Version int
-	// MaxPacked and MaxPlain limit the size in bytes, compressed and not.
+	// MaxPacked and MaxPlain limit the size in bytes, as it travels and as JSON.
 	MaxPacked, MaxPlain int
 
 	TooLarge, Truncated, Corrupt, UnknownVersion, ForeignDevice error
@@ -40,8 +44,9 @@ func (f Format) Encode(doc any) ([]byte, error) {
 	if err := w.Close(); err != nil {
 		return nil, fmt.Errorf("cannot compress %s: %w", f.Name, err)
 	}
-	if out.Len() > f.MaxPacked || len(text) > f.MaxPlain {
-		return nil, fmt.Errorf("%w: %d bytes compressed, %d plain; at most %d and %d fit", f.TooLarge, out.Len(), len(text), f.MaxPacked, f.MaxPlain)
+	packed := base64.StdEncoding.AppendEncode(nil, out.Bytes())
+	if len(packed) > f.MaxPacked || len(text) > f.MaxPlain {
+		return nil, fmt.Errorf("%w: %d bytes encoded, %d plain; at most %d and %d fit", f.TooLarge, len(packed), len(text), f.MaxPacked, f.MaxPlain)
 	}
 	// What the other side would refuse shall not leave this one.
 	if err := inspect(text, reflect.TypeOf(doc)); errors.Is(err, errTooMany) {
@@ -49,7 +54,7 @@ func (f Format) Encode(doc any) ([]byte, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("cannot encode %s: %w", f.Name, err)
 	}
-	return out.Bytes(), nil
+	return packed, nil
 }
 
 // Decode unpacks the document of the named device into doc.
@@ -57,7 +62,7 @@ func (f Format) Decode(packed []byte, device string, doc any) error {
 	if len(packed) > f.MaxPacked {
 		return fmt.Errorf("%w: %d bytes, at most %d", f.TooLarge, len(packed), f.MaxPacked)
 	}
-	text, err := f.unzip(packed)
+	text, err := f.unpack(packed)
 	if err != nil {
 		return err
 	}
@@ -88,8 +93,17 @@ func (f Format) Decode(packed []byte, device string, doc any) error {
 	return nil
 }
 
-func (f Format) unzip(packed []byte) ([]byte, error) {
-	r, err := gzip.NewReader(bytes.NewReader(packed))
+func (f Format) unpack(packed []byte) ([]byte, error) {
+	// Strict: else bits that mean nothing could change unseen.
+	rest := len(packed) % 4
+	zipped, err := base64.StdEncoding.Strict().AppendDecode(nil, packed[:len(packed)-rest])
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: %w", f.Corrupt, err)
+	case rest != 0:
+		return nil, fmt.Errorf("%w after %d bytes", f.Truncated, len(packed))
+	}
+	r, err := gzip.NewReader(bytes.NewReader(zipped))
 	if err == nil {
 		var text []byte
 		if text, err = io.ReadAll(io.LimitReader(r, int64(f.MaxPlain)+1)); err == nil {

@@ -3,6 +3,7 @@ package codec_test
 import (
 	"bytes"
 	"compress/gzip"
+	"encoding/base64"
 	"errors"
 	"strings"
 	"testing"
@@ -43,7 +44,7 @@ func zip(t *testing.T, text string) []byte {
 	_, err := w.Write([]byte(text))
 	require.NoError(t, err)
 	require.NoError(t, w.Close())
-	return out.Bytes()
+	return base64.StdEncoding.AppendEncode(nil, out.Bytes())
 }
 
 // wrap is a document with this text inside.
@@ -104,12 +105,18 @@ func TestDecode_errors(t *testing.T) {
 
 func TestDecode_container(t *testing.T) {
 	good := zip(t, wrap(`"pods":[]`))
+	zipped, err := base64.StdEncoding.AppendDecode(nil, good)
+	require.NoError(t, err)
+	with := func(more string) []byte {
+		return base64.StdEncoding.AppendEncode(nil, append(bytes.Clone(zipped), more...))
+	}
 	var d document
 	require.ErrorIs(t, format.Decode(make([]byte, format.MaxPacked+1), "d", &d), errTooLarge)
-	require.ErrorIs(t, format.Decode([]byte("no gzip at all"), "d", &d), errCorrupt)
-	require.ErrorIs(t, format.Decode(append(bytes.Clone(good), "more"...), "d", &d), errTruncated, "looks like the start of another part")
-	require.ErrorIs(t, format.Decode(append(bytes.Clone(good), strings.Repeat("more", 10)...), "d", &d), errCorrupt)
-	require.ErrorIs(t, format.Decode(append(bytes.Clone(good), good...), "d", &d), errCorrupt, "two documents")
+	require.ErrorIs(t, format.Decode([]byte("no base64 at all"), "d", &d), errCorrupt)
+	require.ErrorIs(t, format.Decode(base64.StdEncoding.AppendEncode(nil, []byte("no gzip at all")), "d", &d), errCorrupt)
+	require.ErrorIs(t, format.Decode(with("more"), "d", &d), errTruncated, "looks like the start of another part")
+	require.ErrorIs(t, format.Decode(with(strings.Repeat("more", 10)), "d", &d), errCorrupt)
+	require.ErrorIs(t, format.Decode(with(string(zipped)), "d", &d), errCorrupt, "two documents")
 }
 
 func TestEncode(t *testing.T) {
