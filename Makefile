@@ -11,8 +11,8 @@ GO_BUILD := CGO_ENABLED=0 $(GO) build -trimpath -tags "$(TAGS)" -ldflags "-s -w 
 GO_LINT  := $(GO) tool -modfile=test/tools/go.mod golangci-lint
 
 .DEFAULT_GOAL := help
-.PHONY: help all build bin/jetbridge-shim bin/jetbridge-agent bin/lab install-agent \
-	check lint vet unit test e2e demo lab lab-down deps root generate verify clean
+.PHONY: help build bin/jetbridge-shim bin/jetbridge-agent bin/lab install-agent \
+	check lint vet unit test e2e bench demo lab lab-down deps root generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test: root deps ## everything: lint, vet, unit tests, e2e tests on a lab of its 
 e2e: root deps bin/lab ## only the e2e tests, on a lab of its own
 	test/e2e/run
 
+bench: ## benchmarks
+	CGO_ENABLED=0 $(GO) test -tags "$(TAGS)" -run '^$$' -bench . ./...
+
 demo: root deps bin/lab ## install, bring the lab up, and show the main job on two devices
 	$(GO) run ./test/demo
 
@@ -60,7 +63,7 @@ lab-down: root bin/lab ## end the lab, and prove that nothing is left (LAB=name)
 	bin/lab down --name "$(LAB)"
 
 generate: ## rewrite what is generated: reference pages, golden files
-	$(GO) test -tags "$(TAGS)" ./shared/... ./cluster-shim/... ./device-agent/... -update
+	$(GO) test -tags "$(TAGS)" $$(grep -rl 'flag.Bool("update"' --include='*_test.go' . | xargs -n 1 dirname | sort -u) -update
 
 clean: ## remove what was built here; caches outside the checkout stay
 	rm -rf bin dist

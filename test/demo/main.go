@@ -19,20 +19,22 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, os.Stdout); err != nil {
+	fi, err := os.Stdout.Stat()
+	tty := err == nil && fi.Mode()&os.ModeCharDevice != 0
+	if err := run(ctx, os.Stdout, tty); err != nil {
 		fmt.Fprintf(os.Stderr, "\ndemo: %v\n", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, out io.Writer) error {
-	s := &shell{out: out, lab: "bin/lab", name: "demo"}
+func run(ctx context.Context, out io.Writer, tty bool) error {
+	s := &shell{out: out, lab: "bin/lab", name: "demo", tty: tty}
 	d := &demo{shell: s}
 	began := time.Now()
 	var rows []row
 	var failed error
 	for _, step := range d.steps() {
-		fmt.Fprintf(out, "\n\033[1m== %s\033[0m\n", step.title)
+		fmt.Fprintf(out, "\n%s\n", s.coloured("1", "== "+step.title))
 		start := time.Now()
 		seen, err := step.do(ctx)
 		rows = append(rows, row{title: step.title, seen: seen, took: time.Since(start), err: err})

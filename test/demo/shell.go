@@ -16,6 +16,15 @@ type shell struct {
 	lab  string   // the lab's binary
 	name string   // the lab's name
 	env  []string // what `lab env` exports, once the lab is up
+	tty  bool     // whether out shows colours
+}
+
+// coloured puts text into an ANSI colour or style where somebody sees it.
+func (s *shell) coloured(code, text string) string {
+	if !s.tty {
+		return text
+	}
+	return "\033[" + code + "m" + text + "\033[0m"
 }
 
 // say prints a line of narration.
@@ -25,7 +34,7 @@ func (s *shell) say(format string, args ...any) {
 
 // show prints a command, runs it and prints what it printed.
 func (s *shell) show(ctx context.Context, name string, args ...string) (string, error) {
-	fmt.Fprintf(s.out, "\033[36m$ %s\033[0m\n", quoted(s.shown(name), args))
+	fmt.Fprintln(s.out, s.coloured("36", "$ "+quoted(name, args)))
 	return s.exec(ctx, s.out, name, args...)
 }
 
@@ -69,13 +78,6 @@ func (s *shell) find(name string) (string, error) {
 		}
 	}
 	return exec.LookPath(name)
-}
-
-func (s *shell) shown(name string) string {
-	if name == s.lab {
-		return "bin/lab"
-	}
-	return name
 }
 
 // loadEnv reads what `lab env` exports.

@@ -121,13 +121,17 @@ func requestsByHost(text string) (map[string]string, error) {
 }
 
 func (d *demo) nodes(ctx context.Context) (string, error) {
-	if _, err := d.show(ctx, "kubectl", "wait", "--for=create", "node/"+standalone, "node/"+inFleet, "--timeout=120s"); err != nil {
+	err := poll(ctx, 2*time.Minute, func() error {
+		_, err := d.quiet(ctx, "kubectl", "get", "node", standalone, inFleet)
+		return err
+	})
+	if err != nil {
 		return "", err
 	}
 	if _, err := d.show(ctx, "kubectl", "wait", "--for=condition=Ready", "node", "-l", "jetbridge.dev/managed=true", "--timeout=120s"); err != nil {
 		return "", err
 	}
-	_, err := d.show(ctx, "kubectl", "get", "nodes", "-o", "wide", "-L", "jetbridge.dev/fleet")
+	_, err = d.show(ctx, "kubectl", "get", "nodes", "-o", "wide", "-L", "jetbridge.dev/fleet")
 	return "2 nodes Ready", err
 }
 

@@ -93,7 +93,7 @@ func TestAgentStoppedAndKilled(t *testing.T) {
 		on(t, d, "systemctl", "stop", "jetbridge-agent")
 		on(t, d, "podman", "kill", containerID(t, &p))
 		eventually(t, "systemd started the container again", time.Minute, func() error {
-			out, err := tryOn(d, "podman", "ps", "--filter", "label=io.kubernetes.pod.uid="+string(p.UID), "--format", "{{.ID}} {{.Names}}")
+			out, err := tryOn(d, "podman", "ps", "--filter", "label=jetbridge.dev/uid="+string(p.UID), "--format", "{{.ID}} {{.Names}}")
 			if err == nil && out == "" {
 				err = fmt.Errorf("not running")
 			}
@@ -175,7 +175,7 @@ func TestRebootWithoutNetwork(t *testing.T) {
 	t.Cleanup(func() { lab(t, "net", d.name, "up") })
 	lab(t, "power", d.name, "reboot")
 	eventually(t, "the pod runs again without network", 2*time.Minute, func() error {
-		out, err := tryOn(d, "sh", "-c", "podman exec $(podman ps -q --filter label=io.kubernetes.pod.uid="+string(p.UID)+" --filter label=io.kubernetes.container.name=main) cat /s/key")
+		out, err := tryOn(d, "sh", "-c", "podman exec $(podman ps -q --filter label=jetbridge.dev/uid="+string(p.UID)+" --filter label=jetbridge.dev/container=main) cat /s/key")
 		if err == nil && out != "sealed-and-kept" {
 			err = fmt.Errorf("the Secret's file holds %q", out)
 		}
@@ -275,6 +275,6 @@ spec:
 // assertStopped checks that no container of a pod runs on the device.
 func assertStopped(t *testing.T, d device, uid string) {
 	t.Helper()
-	out := on(t, d, "podman", "ps", "-q", "--filter", "label=io.kubernetes.pod.uid="+uid)
+	out := on(t, d, "podman", "ps", "-q", "--filter", "label=jetbridge.dev/uid="+uid)
 	assert.Empty(t, out)
 }

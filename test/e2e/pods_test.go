@@ -81,7 +81,7 @@ spec:
 		assert.Zero(t, cs.RestartCount)
 		assert.NotEmpty(t, cs.ImageID)
 		assert.Contains(t, process(t, d, p), " running")
-		assert.Equal(t, "one", strings.TrimSpace(on(t, d, "podman", "exec", containerID(t, p), "printenv", "WORD")))
+		assert.Equal(t, "one", strings.TrimSpace(on(t, d, "podman", "exec", containerID(t, p), "sh", "-c", `echo "$WORD"`)))
 		assert.Contains(t, p.Finalizers, "jetbridge.dev/stop-confirmed")
 		assert.Contains(t, kubectl(t, "-n", ns, "get", "pod", p.Name, "-o", "wide"), "1/1     Running")
 		// The container is the systemd service's, not the agent's.
@@ -96,7 +96,7 @@ spec:
 	for i := range fresh {
 		p := &fresh[i]
 		d := deviceOf(t, p)
-		assert.Equal(t, "two", strings.TrimSpace(on(t, d, "podman", "exec", containerID(t, p), "printenv", "WORD")))
+		assert.Equal(t, "two", strings.TrimSpace(on(t, d, "podman", "exec", containerID(t, p), "sh", "-c", `echo "$WORD"`)))
 		before := old[slices.IndexFunc(old, func(o corev1.Pod) bool { return o.Spec.NodeName == p.Spec.NodeName })]
 		require.NotEqual(t, before.UID, p.UID)
 		ended, began := lastStopped(t, d, before.Name), firstStarting(t, d, p.Name)
@@ -301,15 +301,15 @@ stringData: {password: "s3cr3t-of-%[1]s"}
 			}
 			assert.Equal(t, "first", in("cat", "/config/plain"))
 			assert.Equal(t, "100% $HOME \"quoted\" \\ back\nnext line", in("cat", "/config/odd"))
-			assert.Equal(t, "100% $HOME \"quoted\" \\ back\nnext line\n", in("printenv", "ODD"))
-			assert.Equal(t, "first\n", in("printenv", "CFG_plain"))
+			assert.Equal(t, "100% $HOME \"quoted\" \\ back\nnext line\n", in("sh", "-c", `echo "$ODD"`))
+			assert.Equal(t, "first\n", in("sh", "-c", `echo "$CFG_plain"`))
 			assert.Equal(t, "s3cr3t-of-"+name, in("cat", "/secret/password"))
 			assert.Equal(t, "400\n", in("stat", "-L", "-c", "%a", "/secret/password"))
-			assert.Equal(t, "s3cr3t-of-"+name+"\n", in("printenv", "PASSWORD"))
-			assert.Equal(t, d.node+"\n", in("printenv", "NODE"))
-			assert.Equal(t, "node "+d.node+", cost $(NODE)\n", in("printenv", "EXPANDED"))
-			assert.Equal(t, "64\n", in("printenv", "CPU"))
-			assert.Contains(t, in("ip", "-4", "addr"), strings.TrimSpace(in("printenv", "IP"))+"/")
+			assert.Equal(t, "s3cr3t-of-"+name+"\n", in("sh", "-c", `echo "$PASSWORD"`))
+			assert.Equal(t, d.node+"\n", in("sh", "-c", `echo "$NODE"`))
+			assert.Equal(t, "node "+d.node+", cost $(NODE)\n", in("sh", "-c", `echo "$EXPANDED"`))
+			assert.Equal(t, "64\n", in("sh", "-c", `echo "$CPU"`))
+			assert.Contains(t, in("ip", "-4", "addr"), strings.TrimSpace(in("sh", "-c", `echo "$IP"`))+"/")
 			assert.Contains(t, in("cat", "/down/labels"), `app="`+name+`"`)
 			in("sh", "-c", "echo kept > /host/file && echo gone > /scratch/file")
 			assert.Equal(t, "kept\n", on(t, d, "cat", "/var/tmp/"+name+"/file"))
@@ -416,7 +416,7 @@ spec:
   nodeSelector: {kubernetes.io/hostname: %s}
   tolerations: [{key: virtual-kubelet.io/provider, operator: Exists}]
 %s
-  containers: [{name: main, image: "%s", args: [serve]}]
+  containers: [{name: main, image: "%s", args: [forever]}]
 `, name, ns, name, d.node, extra, ref)
 	}
 	waiting := func(name string, reasons ...string) {

@@ -45,7 +45,7 @@ func TestSettings(t *testing.T) {
 	assert.Equal(t, "edge-1\n", f.Regular["/etc/hostname"])
 	assert.Equal(t, "0123\n", f.Regular["/etc/machine-id"])
 	assert.Contains(t, f.Regular["/etc/hosts"], "127.0.0.1 localhost edge-1\n", "sudo waits long for a host that it cannot resolve")
-	assert.Equal(t, "[[registry]]\nlocation = \"10.77.0.1:5000\"\ninsecure = true\n", f.Regular["/etc/containers/registries.conf.d/lab.conf"])
+	assert.Equal(t, registries("10.77.0.1:5000"), f.Regular["/etc/containers/registries.conf.d/lab.conf"])
 	assert.Contains(t, f.Regular["/etc/systemd/journald.conf.d/lab.conf"], "Storage=persistent")
 	assert.Equal(t, "/dev/null", f.Symlinks["/etc/systemd/system/getty@.service"])
 	assert.Equal(t, "/usr/lib/systemd/system/podman.socket", f.Symlinks["/etc/systemd/system/sockets.target.wants/podman.socket"])

@@ -106,12 +106,27 @@ func settings(o Options, id identity) files {
 		},
 	}
 	if o.Registry != "" {
-		f.Regular["/etc/containers/registries.conf.d/lab.conf"] = fmt.Sprintf("[[registry]]\nlocation = %q\ninsecure = true\n", o.Registry)
+		f.Regular["/etc/containers/registries.conf.d/lab.conf"] = registries(o.Registry)
 	}
 	for _, unit := range masked {
 		f.Symlinks["/etc/systemd/system/"+unit] = "/dev/null"
 	}
 	return f
+}
+
+// registries lets podman pull from the lab's registry by plain HTTP. It also
+// stands for Docker Hub, which a lab does not reach, so that manifests name
+// the images that they would name elsewhere.
+func registries(lab string) string {
+	return fmt.Sprintf(`[[registry]]
+location = %[1]q
+insecure = true
+
+[[registry]]
+prefix = "docker.io"
+location = %[1]q
+insecure = true
+`, lab)
 }
 
 // masked units belong to the hardware or the whole kernel, or would do

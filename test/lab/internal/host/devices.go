@@ -62,6 +62,7 @@ func RemoveDevice(ctx context.Context, lab layout.Lab, name string) error {
 
 func flightctl(ctx context.Context, lab layout.Lab, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(lab.Bin(), "flightctl"), args...)
+	cmd.Dir = lab.Home() // it leaves the certificates that it requests where it runs
 	var out, problem bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &problem
 	if err := cmd.Run(); err != nil {

@@ -51,8 +51,8 @@ func launch(ctx context.Context, c *layout.Config, listeners []*os.File) (err er
 		return fmt.Errorf("cannot make pipe: %w", err)
 	}
 	defer goWrite.Close()
-	// Not CommandContext: it outlives ctx.
-	cmd := exec.Command(program, "init", lab.Dir)
+	// It outlives the caller and its ctx.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), program, "init", lab.Dir)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Dir = "/"
 	cmd.ExtraFiles = append([]*os.File{goRead}, listeners...)
@@ -81,8 +81,8 @@ func launch(ctx context.Context, c *layout.Config, listeners []*os.File) (err er
 			return nil
 		}
 		select {
-		case <-ended:
-			return fmt.Errorf("the lab's first process ended:\n%s", tail(lab.Log("lab"), 5))
+		case err := <-ended:
+			return errors.Join(fmt.Errorf("the lab's first process ended:\n%s", tail(lab.Log("lab"), 5)), err)
 		case <-ctx.Done():
 			return errors.Join(fmt.Errorf("the lab's supervisor does not answer: %w", err), cmd.Process.Kill())
 		case <-tick.C:

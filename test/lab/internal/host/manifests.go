@@ -56,28 +56,10 @@ metadata: {name: flightctl-admin}
 rules: [{apiGroups: [flightctl.io], resources: ["*"], verbs: ["*"]}]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {name: flightctl-operator}
-rules:
-- apiGroups: [flightctl.io]
-  resources: [devices, devices/console, fleets, resourcesyncs, repositories]
-  verbs: [get, list, create, update, patch, delete]
-- {apiGroups: [flightctl.io], resources: ["*"], verbs: [get, list]}
----
-apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata: {name: operator, namespace: flightctl}
 roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: flightctl-admin}
 subjects: [{kind: ServiceAccount, name: operator, namespace: flightctl}]
-`
-
-// shimRoleManifest gives the shim its role in Flight Control, where the
-// packaging does not.
-const shimRoleManifest = `apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {name: jetbridge-shim, namespace: flightctl}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: flightctl-operator}
-subjects: [{kind: ServiceAccount, name: jetbridge-shim, namespace: jetbridge-system}]
 `
 
 // fleetManifest is the fleet of the even devices.
@@ -101,11 +83,6 @@ func (u *upper) bootstrap(ctx context.Context) error {
 	}
 	for _, file := range manifests {
 		if _, err := u.run(ctx, nil, "kubectl", "apply", "-f", file); err != nil {
-			return err
-		}
-	}
-	if len(manifests) == 0 {
-		if _, err := u.run(ctx, []byte(shimRoleManifest), "kubectl", "apply", "-f", "-"); err != nil {
 			return err
 		}
 	}

@@ -277,6 +277,8 @@ func (u *upper) flightctlConfig() error {
 				"address": ":3443", "agentEndpointAddress": ":7443", "cert": certs,
 				"baseUrl": "https://" + layout.Gateway + ":3443/", "baseAgentEndpointUrl": "https://" + layout.Gateway + ":7443/",
 				"altNames": []string{"localhost", "127.0.0.1", layout.Gateway}, "logLevel": "info",
+				// How long a device's poll waits, and so how fine lastSeen is.
+				"renderedWaitTimeout": "10s",
 				// What Flight Control's Helm chart sets by default.
 				"rateLimit": map[string]any{"enabled": true, "requests": 300, "window": "1m", "authRequests": 20, "authWindow": "1h"},
 			},
@@ -450,6 +452,10 @@ func (u *upper) pushImages(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Devices take this registry for Docker Hub too, where it has this name.
+	if _, err := registry.Push(ctx, "library/busybox:1", busybox); err != nil {
+		return err
+	}
 	busyboxDigest, err := registry.Push(ctx, "busybox:1", busybox)
 	if err != nil {
 		return err
@@ -533,6 +539,9 @@ func shimConfig(lab layout.Lab) ([]byte, error) {
 		"kubeconfig":    filepath.Join(lab.PKI(), "shim.kubeconfig"),
 		"namespace":     supervise.ShimNamespace,
 		"poll-interval": "2s",
+		// Three of the devices' polls, see renderedWaitTimeout.
+		"disconnect-after": "30s",
+		"retry-after":      "15s",
 		"flightctl": map[string]any{
 			// Not by loopback, whose budget of requests is the operator's.
 			"url": "https://" + layout.Gateway + ":3443", "ca-file": filepath.Join(lab.Home(), "certs", "ca.crt"),

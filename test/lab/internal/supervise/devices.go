@@ -185,7 +185,7 @@ func (s *devices) add(ctx context.Context, d control.AddDevice) (control.Device,
 	if err := s.install(ctx, m, d); err != nil {
 		return control.Device{}, errors.Join(err, s.forget(m))
 	}
-	if err := s.boot(m); err != nil {
+	if err := s.boot(m); err != nil { //nolint:contextcheck // a device outlives the request that boots it
 		return control.Device{}, errors.Join(err, s.forget(m))
 	}
 	if d.Enroll {
@@ -298,7 +298,7 @@ func (s *devices) power(ctx context.Context, name, action string) error {
 		m.set(func(c *control.Device) { c.State, c.PID = deviceOff, 0 })
 	}
 	if action == "on" || action == "reboot" {
-		return s.bootLocked(m)
+		return s.bootLocked(m) //nolint:contextcheck // a device outlives the request that boots it
 	}
 	return nil
 }
