@@ -191,7 +191,7 @@ func run(ctx context.Context, c *config.Config, log *slog.Logger) error {
 	ready := func() error {
 		switch {
 		case !devices.Ready():
-			return errors.New("Flightctl has not answered yet")
+			return errors.New("no answer from Flightctl yet")
 		case !pods.Synced():
 			return errors.New("pods are not known yet")
 		case !deliveries.Loaded():

@@ -134,7 +134,7 @@ func boot(ctx context.Context, cfg *config.Config, log *slog.Logger) error {
 	}
 	defer p.systemd.Close()
 	state, restoreErr := p.intake.Restore()
-	return errors.Join(restoreErr, p.engine.Restore(ctx, state))
+	return errors.Join(restoreErr, p.engine.Restore(ctx, (*apply.State)(state)))
 }
 
 // run is the daemon.
@@ -175,9 +175,9 @@ func run(ctx context.Context, cfg *config.Config, log *slog.Logger) (err error) 
 	}
 	if state != nil {
 		writer.Bundle(state.Bundle.Generation, nil)
-		p.engine.Set(state)
+		p.engine.Set((*apply.State)(state))
 	}
-	if err := p.engine.Restore(ctx, state); err != nil {
+	if err := p.engine.Restore(ctx, (*apply.State)(state)); err != nil {
 		log.Error("cannot restore all pods", "error", err)
 	}
 	var fatal sync.Once
@@ -276,7 +276,7 @@ func takeIn(ctx context.Context, p *parts, writer *agentreport.Writer, poke <-ch
 			failed = ""
 			if changed {
 				log.Info("bundle taken in", "generation", state.Bundle.Generation, "pods", len(state.Bundle.Pods))
-				p.engine.Set(state)
+				p.engine.Set((*apply.State)(state))
 			}
 			if state != nil {
 				writer.Bundle(state.Bundle.Generation, nil)

@@ -178,8 +178,8 @@ func newKeys(hosts []string) (map[string][]byte, error) {
 		return nil, err
 	}
 	mac, password := make([]byte, keySize), make([]byte, keySize)
-	rand.Read(mac)      //nolint:errcheck // it never fails
-	rand.Read(password) //nolint:errcheck // it never fails
+	rand.Read(mac) // it never fails
+	rand.Read(password)
 	return map[string][]byte{
 		"mac": mac, "user": []byte("flightctl"), "password": []byte(hex.EncodeToString(password)),
 		corev1.TLSCertKey: cert, corev1.TLSPrivateKeyKey: key,

@@ -118,7 +118,7 @@ func TestErrors(t *testing.T) {
 	for code, want := range map[int]error{404: flightapi.ErrNotFound, 429: flightapi.ErrRateLimited} {
 		c := client(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) })
 		_, err := c.Device(t.Context(), "d")
-		assert.ErrorIs(t, err, want)
+		require.ErrorIs(t, err, want)
 	}
 	c := client(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPut {

@@ -115,7 +115,7 @@ func (r *Resolver) Close() {
 func (r *Resolver) Resolve(ctx context.Context, pod *corev1.Pod, lenient bool, changed func()) (Result, error) {
 	refs, tokens := references(&pod.Spec)
 	res := Result{Pod: manifest(pod)}
-	if err := r.follow(pod, refs, changed); err != nil {
+	if err := r.follow(pod, refs, changed); err != nil { //nolint:contextcheck // watches outlive this call and end with the resolver
 		return res, err
 	}
 	r.mu.Lock()

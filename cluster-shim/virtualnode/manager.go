@@ -302,7 +302,7 @@ func (m *Manager) runNode(ctx context.Context, name, dev string, r *runner) erro
 	// status updates that our loop may wait on.
 	vk, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer func() { stop(); <-c.Done() }()
-	go func() { _ = c.Run(vk) }() //nolint:contextcheck // it ends by stop, and its error comes by c.Err
+	go func() { _ = c.Run(vk) }() // it ends by stop, and its error comes by c.Err
 	select {
 	case <-ctx.Done():
 		return nil

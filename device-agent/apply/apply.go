@@ -21,8 +21,8 @@ import (
 
 	"github.com/jetbridge/jetbridge/device-agent/container"
 	"github.com/jetbridge/jetbridge/device-agent/image"
-	"github.com/jetbridge/jetbridge/device-agent/intake"
 	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/plan"
 	"github.com/jetbridge/jetbridge/device-agent/podenv"
 	"github.com/jetbridge/jetbridge/device-agent/podman"
@@ -80,6 +80,12 @@ type Options struct {
 	Changed func()
 }
 
+// State is what shall be: a bundle, with its secrets opened.
+type State struct {
+	Bundle  *bundle.Bundle
+	Secrets bundle.Secrets
+}
+
 // Engine works until Run's context ends.
 type Engine struct {
 	o    Options
@@ -87,7 +93,7 @@ type Engine struct {
 
 	// mu guards everything that follows.
 	mu       sync.Mutex
-	state    *intake.State
+	state    *State
 	busy     map[types.UID]*work
 	prepared map[types.UID]string // the images that are here, by pod
 	trouble  map[types.UID]*trouble
@@ -115,7 +121,7 @@ func New(o Options) *Engine {
 }
 
 // Set gives the engine a new desired state.
-func (e *Engine) Set(s *intake.State) {
+func (e *Engine) Set(s *State) {
 	e.mu.Lock()
 	e.state = s
 	for _, t := range e.trouble { // what failed may work with the new bundle
@@ -309,7 +315,7 @@ func waiting(err error, pod *bundle.Pod, again bool) map[string]status.Waiting {
 	return out
 }
 
-func (e *Engine) step(ctx context.Context, s plan.Step, pod *bundle.Pod, secrets bundle.PodSecrets, instances map[types.UID]*journal.Instance) error {
+func (e *Engine) step(ctx context.Context, s plan.Step, pod *bundle.Pod, secrets bundle.PodSecrets, instances map[types.UID]*lifecycle.Instance) error {
 	// A copy of its own: others read those of the plan meanwhile.
 	instance, err := e.o.Store.Instance(s.UID)
 	if err != nil {
@@ -337,7 +343,7 @@ func (e *Engine) step(ctx context.Context, s plan.Step, pod *bundle.Pod, secrets
 func apiPod(p *bundle.Pod) *corev1.Pod { return &corev1.Pod{ObjectMeta: p.Metadata, Spec: p.Spec} }
 
 // prepare refuses what the device cannot run, and fetches the images.
-func (e *Engine) prepare(ctx context.Context, pod *bundle.Pod, secrets bundle.PodSecrets, instances map[types.UID]*journal.Instance) error {
+func (e *Engine) prepare(ctx context.Context, pod *bundle.Pod, secrets bundle.PodSecrets, instances map[types.UID]*lifecycle.Instance) error {
 	known := instances[pod.Metadata.UID]
 	if known == nil {
 		if errs := support.Check(&pod.Spec); len(errs) > 0 {
@@ -345,7 +351,7 @@ func (e *Engine) prepare(ctx context.Context, pod *bundle.Pod, secrets bundle.Po
 		}
 		var others []*corev1.Pod
 		for _, i := range instances {
-			if i.Phase != journal.Stopped {
+			if i.Phase != lifecycle.Stopped {
 				others = append(others, apiPod(&i.Pod))
 			}
 		}
@@ -378,7 +384,7 @@ func (e *Engine) prepare(ctx context.Context, pod *bundle.Pod, secrets bundle.Po
 }
 
 func (e *Engine) refuse(pod *bundle.Pod, reason, message string) error {
-	i := &journal.Instance{Phase: journal.Stopped, Pod: *pod, Started: e.o.Now().UTC().Truncate(time.Second), Ended: true}
+	i := &lifecycle.Instance{Phase: lifecycle.Stopped, Pod: *pod, Started: e.o.Now().UTC().Truncate(time.Second), Ended: true}
 	final := status.Refused(i, reason, message)
 	i.Final = &final
 	e.o.Log.Warn("pod refused", "namespace", pod.Metadata.Namespace, "pod", pod.Metadata.Name, "uid", pod.Metadata.UID, "reason", reason, "message", message)
@@ -432,9 +438,9 @@ func (e *Engine) variables(content podenv.Content, c *corev1.Container) ([]poden
 }
 
 // start renders and starts a pod, or what changed of it.
-func (e *Engine) start(ctx context.Context, pod *bundle.Pod, secrets bundle.PodSecrets, old *journal.Instance) error {
+func (e *Engine) start(ctx context.Context, pod *bundle.Pod, secrets bundle.PodSecrets, old *lifecycle.Instance) error {
 	uid := pod.Metadata.UID
-	next := &journal.Instance{Phase: journal.Starting, Pod: *pod, Units: unit.NamesFor(apiPod(pod)), Started: e.o.Now().UTC().Truncate(time.Second)}
+	next := &lifecycle.Instance{Phase: lifecycle.Starting, Pod: *pod, Units: unit.NamesFor(apiPod(pod)), Started: e.o.Now().UTC().Truncate(time.Second)}
 	files, err := e.render(pod, secrets)
 	if err != nil {
 		var refused *refusal
@@ -483,7 +489,7 @@ func (e *Engine) start(ctx context.Context, pod *bundle.Pod, secrets bundle.PodS
 			return err
 		}
 	}
-	next.Phase = journal.Running
+	next.Phase = lifecycle.Running
 	if err := e.o.Store.Put(next); err != nil {
 		return err
 	}
@@ -601,10 +607,10 @@ func (e *Engine) stopContainers(ctx context.Context, list []unit.Container) erro
 
 // stop stops a pod for good and records its end. ended says that it ended by
 // itself; then it gets no tombstone yet.
-func (e *Engine) stop(ctx context.Context, i *journal.Instance, grace int64, ended bool) error {
+func (e *Engine) stop(ctx context.Context, i *lifecycle.Instance, grace int64, ended bool) error {
 	uid := i.Pod.Metadata.UID
-	if i.Phase != journal.Stopping || i.Grace != grace {
-		i.Phase, i.Grace, i.Ended = journal.Stopping, grace, ended
+	if i.Phase != lifecycle.Stopping || i.Grace != grace {
+		i.Phase, i.Grace, i.Ended = lifecycle.Stopping, grace, ended
 		if err := e.o.Store.Put(i); err != nil {
 			return err
 		}
@@ -631,7 +637,7 @@ func (e *Engine) stop(ctx context.Context, i *journal.Instance, grace int64, end
 	if err := e.removeUnits(ctx, append(unitNames(i.Units.All()), i.Units.Pod, i.Units.Slice)); err != nil {
 		return err
 	}
-	i.Phase = journal.Stopped
+	i.Phase = lifecycle.Stopped
 	final := status.Compute(status.Input{Instance: i, Records: records, HostIP: e.o.HostIP(), Now: e.o.Now()})
 	i.Final = &final
 	if err := e.o.Store.Put(i); err != nil {
@@ -646,8 +652,8 @@ func (e *Engine) stop(ctx context.Context, i *journal.Instance, grace int64, end
 	return nil
 }
 
-func (e *Engine) records(i *journal.Instance) (map[string]journal.Record, error) {
-	out := map[string]journal.Record{}
+func (e *Engine) records(i *lifecycle.Instance) (map[string]lifecycle.Record, error) {
+	out := map[string]lifecycle.Record{}
 	for _, c := range i.Units.All() {
 		r, err := e.o.Store.Record(i.Pod.Metadata.UID, c.Container)
 		if err != nil {
@@ -662,14 +668,14 @@ func (e *Engine) records(i *journal.Instance) (map[string]journal.Record, error)
 
 // Restore brings back, after a boot, everything that shall run: it needs no
 // daemon and no network. Pods that run already are left alone.
-func (e *Engine) Restore(ctx context.Context, s *intake.State) error {
+func (e *Engine) Restore(ctx context.Context, s *State) error {
 	instances, err := e.o.Store.Instances()
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for uid, i := range instances {
-		if i.Phase != journal.Running {
+		if i.Phase != lifecycle.Running {
 			continue
 		}
 		pod, secrets := &i.Pod, bundle.PodSecrets{}
@@ -683,7 +689,7 @@ func (e *Engine) Restore(ctx context.Context, s *intake.State) error {
 	return errors.Join(errs...)
 }
 
-func (e *Engine) restore(ctx context.Context, i *journal.Instance, pod *bundle.Pod, secrets bundle.PodSecrets) error {
+func (e *Engine) restore(ctx context.Context, i *lifecycle.Instance, pod *bundle.Pod, secrets bundle.PodSecrets) error {
 	if err := e.Materialize(pod, secrets); err != nil {
 		return err
 	}
@@ -705,7 +711,7 @@ func (e *Engine) restore(ctx context.Context, i *journal.Instance, pod *bundle.P
 
 // heal starts the units of a pod that should run and do not: after a boot, or
 // when the pod's own service failed before them.
-func (e *Engine) heal(ctx context.Context, i *journal.Instance) error {
+func (e *Engine) heal(ctx context.Context, i *lifecycle.Instance) error {
 	for _, c := range i.Units.Inits {
 		r, err := e.o.Store.Record(i.Pod.Metadata.UID, c.Container)
 		if err != nil {
@@ -785,7 +791,7 @@ func (e *Engine) release(uid types.UID) {
 
 func (e *Engine) refresh(ctx context.Context, pod *bundle.Pod, secrets bundle.PodSecrets) error {
 	i, err := e.o.Store.Instance(pod.Metadata.UID)
-	if err != nil || i == nil || i.Phase != journal.Running || pod.Terminating() || plan.Changed(i, pod) {
+	if err != nil || i == nil || i.Phase != lifecycle.Running || pod.Terminating() || plan.Changed(i, pod) {
 		return err
 	}
 	err = e.Materialize(pod, secrets)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -22,8 +21,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/jetbridge/jetbridge/device-agent/intake"
 	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/podenv"
 	"github.com/jetbridge/jetbridge/device-agent/podman"
 	"github.com/jetbridge/jetbridge/device-agent/systemd"
@@ -127,23 +126,20 @@ func newDevice(t *testing.T) *device {
 
 func (d *device) engine() *Engine {
 	return New(Options{
-		Store: d.store, Systemd: d.world, Podman: d.world, Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
+		Store: d.store, Systemd: d.world, Podman: d.world, Log: slog.New(slog.DiscardHandler), Now: time.Now,
 		Agent: "/usr/bin/jetbridge-agent", PodmanPath: "/usr/bin/podman", RuntimeUnits: d.world.folder, HostIP: func() string { return "10.0.0.1" },
 		Facts: podenv.Facts{Allocatable: corev1.ResourceList{"pods": resource.MustParse("3"), "cpu": resource.MustParse("1"), "memory": resource.MustParse("1Gi")}}, Changed: func() {},
 	})
 }
 
 // run lets an engine work for a while of the test's fake time.
-func (d *device) run(t *testing.T, e *Engine, s *intake.State, long time.Duration) {
+func (d *device) run(t *testing.T, e *Engine, s *State, long time.Duration) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- e.Run(ctx) }()
+	defer cancel()
+	defer time.AfterFunc(long, cancel).Stop()
 	e.Set(s)
-	time.Sleep(long)
-	synctest.Wait()
-	cancel()
-	require.NoError(t, <-done)
+	require.NoError(t, e.Run(ctx))
 }
 
 func pod(name string, change ...func(*bundle.Pod)) bundle.Pod {
@@ -157,8 +153,8 @@ func pod(name string, change ...func(*bundle.Pod)) bundle.Pod {
 	return p
 }
 
-func state(generation int64, pods ...bundle.Pod) *intake.State {
-	return &intake.State{Bundle: &bundle.Bundle{Generation: generation, Pods: pods}}
+func state(generation int64, pods ...bundle.Pod) *State {
+	return &State{Bundle: &bundle.Bundle{Generation: generation, Pods: pods}}
 }
 
 func deleting(p *bundle.Pod) {
@@ -194,7 +190,7 @@ func TestStopThenStart(t *testing.T) {
 		assert.Less(t, strings.Index(log, "remove pod"), strings.Index(log, "start "+main(fresh)), "the old one is confirmed gone first:\n%s", log)
 		i, err := d.store.Instance("old")
 		require.NoError(t, err)
-		assert.Equal(t, journal.Stopped, i.Phase)
+		assert.Equal(t, lifecycle.Stopped, i.Phase)
 		assert.EqualValues(t, 3, i.Grace)
 		stones, err := d.store.Tombstones()
 		require.NoError(t, err)
@@ -241,8 +237,8 @@ func TestCrashAnywhere(t *testing.T) {
 			assert.EqualValues(t, 2, e.Applied())
 			instances, err := d.store.Instances()
 			require.NoError(t, err)
-			assert.Equal(t, journal.Stopped, instances["a"].Phase)
-			assert.Equal(t, journal.Running, instances["b"].Phase)
+			assert.Equal(t, lifecycle.Stopped, instances["a"].Phase)
+			assert.Equal(t, lifecycle.Running, instances["b"].Phase)
 			assert.NoFileExists(t, filepath.Join(d.world.folder, main(b)))
 		})
 		if t.Failed() || finished {
@@ -265,7 +261,7 @@ func TestRefusals(t *testing.T) {
 			pod("waits", func(p *bundle.Pod) {
 				p.Spec.Containers[0].EnvFrom = []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "s"}}}}
 			}),
-		), 0)
+		), time.Second)
 		d.world.noImage["docker.io/library/gone:1"] = true
 		d.run(t, e, state(2, append(e.state.Bundle.Pods, pod("fine"))...), time.Minute)
 		pods, err := e.Observe(t.Context(), nil)
@@ -314,9 +310,8 @@ func TestPullBackOffAndDeletion(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- e.Run(ctx) }()
-		time.Sleep(time.Second)
+		synctest.Wait()
 		e.Set(state(3, pod("gone", slow, deleting), pod("other")))
-		time.Sleep(time.Second)
 		synctest.Wait()
 		cancel()
 		require.NoError(t, <-done)

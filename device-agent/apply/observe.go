@@ -8,7 +8,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/status"
 	"github.com/jetbridge/jetbridge/device-agent/unit"
 	"github.com/jetbridge/jetbridge/shared/bundle"
@@ -55,7 +55,7 @@ func (e *Engine) Observe(ctx context.Context, previous map[types.UID]*corev1.Pod
 	e.mu.Unlock()
 	var out []report.Pod
 	for uid, i := range instances {
-		p := report.Pod{Namespace: i.Pod.Metadata.Namespace, Name: i.Pod.Metadata.Name, UID: uid, Stopped: i.Phase == journal.Stopped}
+		p := report.Pod{Namespace: i.Pod.Metadata.Namespace, Name: i.Pod.Metadata.Name, UID: uid, Stopped: i.Phase == lifecycle.Stopped}
 		if p.Stopped && i.Final != nil {
 			p.Status = *i.Final
 			out = append(out, p)
@@ -84,7 +84,7 @@ func (e *Engine) Observe(ctx context.Context, previous map[types.UID]*corev1.Pod
 		}
 		p.Status = status.Compute(in)
 		out = append(out, p)
-		if ended := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed; ended && idle && i.Phase == journal.Running {
+		if ended := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed; ended && idle && i.Phase == lifecycle.Running {
 			e.end(ctx, i)
 		}
 	}
@@ -95,7 +95,7 @@ func (e *Engine) Observe(ctx context.Context, previous map[types.UID]*corev1.Pod
 			started = s.StartTime.Time
 		}
 		s := status.Compute(status.Input{
-			Instance: &journal.Instance{Phase: journal.Starting, Pod: *p, Started: started},
+			Instance: &lifecycle.Instance{Phase: lifecycle.Starting, Pod: *p, Started: started},
 			Waiting:  waiting[p.Metadata.UID], HostIP: e.o.HostIP(), Previous: previous[p.Metadata.UID], Now: e.o.Now(),
 		})
 		out = append(out, report.Pod{Namespace: p.Metadata.Namespace, Name: p.Metadata.Name, UID: p.Metadata.UID, Status: s})
@@ -108,14 +108,14 @@ func (e *Engine) Observe(ctx context.Context, previous map[types.UID]*corev1.Pod
 
 // end cleans up after a pod that ended by itself, unless something else is
 // being done with it.
-func (e *Engine) end(ctx context.Context, i *journal.Instance) {
+func (e *Engine) end(ctx context.Context, i *lifecycle.Instance) {
 	uid := i.Pod.Metadata.UID
 	if !e.claim(uid, "end") {
 		return
 	}
 	// It may have been stopped since it was looked at.
 	i, err := e.o.Store.Instance(uid)
-	if err == nil && i != nil && i.Phase == journal.Running {
+	if err == nil && i != nil && i.Phase == lifecycle.Running {
 		err = e.stop(ctx, i, 1, true)
 	}
 	e.release(uid)

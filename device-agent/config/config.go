@@ -59,7 +59,7 @@ func options() []option {
 		{"podman-path", "the podman program", "/usr/bin/podman"},
 		{"listen", "address of health and metrics; empty: none", "127.0.0.1:9477"},
 		{"resync-interval", "longest time between two looks at everything", 30 * time.Second},
-		{"reload-interval", "shortest time between two reloads of Flightctl's agent", 5 * time.Second},
+		{"reload-interval", "shortest time between two reloads of Flightctl's agent", 2 * time.Second},
 		{"log-level", "debug, info, warn or error", "info"},
 		{"max-pods", "most pods on this device", 110},
 		{"reserve-cpu", "CPU that pods do not get", "0"},

@@ -24,6 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/podenv"
 	"github.com/jetbridge/jetbridge/device-agent/unit"
 	"github.com/jetbridge/jetbridge/shared/report"
@@ -83,10 +84,10 @@ func (h *Helper) Backoff(ctx context.Context) error {
 	return h.begin(ctx, r)
 }
 
-func (h *Helper) begin(ctx context.Context, r journal.Record) error {
+func (h *Helper) begin(ctx context.Context, r lifecycle.Record) error {
 	if r.Attempts > 0 && !r.Ended() {
 		// Nobody could write down how the last run ended: a power cut.
-		r.Before, r.Last = r.Last, &journal.End{
+		r.Before, r.Last = r.Last, &lifecycle.End{
 			ExitCode: 255, Reason: "Unknown", Message: "The device stopped without writing down how the container ended.",
 			Started: r.Started, Finished: h.Now().UTC(),
 		}
@@ -244,7 +245,7 @@ func (h *Helper) Record(ctx context.Context, e Ending) error {
 	return nil
 }
 
-func (h *Helper) finish(r *journal.Record, end journal.End) {
+func (h *Helper) finish(r *lifecycle.Record, end lifecycle.End) {
 	if end.Finished.Before(r.Started) { // the clock was set back, or inspect is of an older one
 		end.Finished = r.Started
 	}
@@ -255,8 +256,8 @@ func (h *Helper) finish(r *journal.Record, end journal.End) {
 
 // Judge turns what systemd and podman say into an end. in is nil if podman
 // has no such container.
-func Judge(e Ending, in *inspected, now time.Time) journal.End {
-	end := journal.End{Finished: now, Reason: "Error"}
+func Judge(e Ending, in *inspected, now time.Time) lifecycle.End {
+	end := lifecycle.End{Finished: now, Reason: "Error"}
 	switch status, err := strconv.Atoi(e.ExitStatus); {
 	case e.ExitCode == "exited" && err == nil:
 		end.ExitCode = int32(status)
@@ -317,7 +318,7 @@ func (h *Helper) Stop(ctx context.Context, grace int64) error {
 	if err != nil {
 		return err
 	}
-	if instance != nil && instance.Phase == journal.Stopping && instance.Grace > 0 {
+	if instance != nil && instance.Phase == lifecycle.Stopping && instance.Grace > 0 {
 		grace = instance.Grace
 	}
 	// The unit's own limit is for the grace period of the pod's spec.

@@ -14,6 +14,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/podenv"
 	"github.com/jetbridge/jetbridge/device-agent/unit"
 	"github.com/jetbridge/jetbridge/shared/bundle"
@@ -73,7 +74,7 @@ func helper(t *testing.T, script string) (*Helper, *time.Time) {
 	store, err := journal.Open(filepath.Join(dir, "state"), filepath.Join(dir, "run"))
 	require.NoError(t, err)
 	pod := bundle.Pod{Metadata: metav1.ObjectMeta{Namespace: "default", Name: "p", UID: "u"}, Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "c"}}}}
-	require.NoError(t, store.Put(&journal.Instance{Phase: journal.Running, Pod: pod, Units: unit.NamesFor(&corev1.Pod{ObjectMeta: pod.Metadata, Spec: pod.Spec})}))
+	require.NoError(t, store.Put(&lifecycle.Instance{Phase: lifecycle.Running, Pod: pod, Units: unit.NamesFor(&corev1.Pod{ObjectMeta: pod.Metadata, Spec: pod.Spec})}))
 	podman := filepath.Join(dir, "podman")
 	require.NoError(t, os.WriteFile(podman, []byte("#!/bin/sh\n"+script), 0o755))
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
@@ -133,7 +134,7 @@ esac`)
 
 func TestBackoffIsInterruptible(t *testing.T) {
 	h, now := helper(t, "exit 1")
-	require.NoError(t, h.Store.PutRecord("u", "c", journal.Record{Attempts: 5, BootID: "boot", Until: now.Add(time.Minute)}))
+	require.NoError(t, h.Store.PutRecord("u", "c", lifecycle.Record{Attempts: 5, BootID: "boot", Until: now.Add(time.Minute)}))
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
 	require.ErrorIs(t, h.Backoff(ctx), context.Canceled)
@@ -166,7 +167,7 @@ func TestStopUsesTheGraceOfTheDeletion(t *testing.T) {
 	assert.Equal(t, "stop --ignore --time=30 n\n", args())
 	i, err := h.Store.Instance("u")
 	require.NoError(t, err)
-	i.Phase, i.Grace = journal.Stopping, 2
+	i.Phase, i.Grace = lifecycle.Stopping, 2
 	require.NoError(t, h.Store.Put(i))
 	require.NoError(t, h.Stop(context.Background(), 30))
 	assert.Equal(t, "stop --ignore --time=2 n\n", args())

@@ -16,77 +16,12 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/jetbridge/jetbridge/device-agent/unit"
-	"github.com/jetbridge/jetbridge/shared/bundle"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/shared/report"
 )
-
-// Phase is what is being done with a pod.
-type Phase string
-
-// A pod goes Starting → Running → Stopping → Stopped; a pod that was refused
-// or that ended by itself is Stopped too, and never starts again.
-const (
-	Starting Phase = "starting"
-	Running  Phase = "running"
-	Stopping Phase = "stopping"
-	Stopped  Phase = "stopped"
-)
-
-// Instance is one pod on this device.
-type Instance struct {
-	Phase Phase `json:"phase"`
-	// Pod is the pod as it was last applied, without its secrets.
-	Pod bundle.Pod `json:"pod"`
-	// Units are empty for a pod that was refused.
-	Units unit.Names `json:"units"`
-	// Grace is, while the pod stops, its grace period in seconds.
-	Grace int64 `json:"grace,omitempty"`
-	// Started is when the device took the pod over.
-	Started time.Time `json:"started"`
-	// Ended says that the pod stopped by itself, and not for its deletion.
-	Ended bool `json:"ended,omitempty"`
-	// Final is the status that a stopped pod keeps.
-	Final *corev1.PodStatus `json:"final,omitempty"`
-}
-
-// Record is what one container did. The units' helpers write it.
-type Record struct {
-	// Attempts counts the starts, the present one too.
-	Attempts int32 `json:"attempts"`
-	// BootID is the boot of the last start.
-	BootID string `json:"bootID,omitempty"`
-	// Started is the last start; zero before the first.
-	Started time.Time `json:"started,omitzero"`
-	// Last is the last end, nil before the first.
-	Last *End `json:"last,omitempty"`
-	// Before is the end before Last.
-	Before *End `json:"before,omitempty"`
-	// Delay is the present back-off, and Until when it is over.
-	Delay time.Duration `json:"delay,omitempty"`
-	Until time.Time     `json:"until,omitzero"`
-}
-
-// Ended says whether the last start has ended.
-func (r *Record) Ended() bool {
-	return r.Last != nil && !r.Last.Finished.Before(r.Started)
-}
-
-// End is how a container ended.
-type End struct {
-	ContainerID string    `json:"containerID,omitempty"`
-	ImageID     string    `json:"imageID,omitempty"`
-	ExitCode    int32     `json:"exitCode"`
-	Reason      string    `json:"reason"`
-	Message     string    `json:"message,omitempty"`
-	Started     time.Time `json:"started,omitzero"`
-	Finished    time.Time `json:"finished"`
-}
 
 // Store is the state folder.
 type Store struct {
@@ -123,14 +58,14 @@ func safe(uid types.UID) string {
 }
 
 // Instances returns all pods. One whose file cannot be read is an error.
-func (s *Store) Instances() (map[types.UID]*Instance, error) {
+func (s *Store) Instances() (map[types.UID]*lifecycle.Instance, error) {
 	entries, err := os.ReadDir(filepath.Join(s.state, "pods"))
 	if err != nil {
 		return nil, fmt.Errorf("cannot list pods: %w", err)
 	}
-	out := map[types.UID]*Instance{}
+	out := map[types.UID]*lifecycle.Instance{}
 	for _, e := range entries {
-		var i Instance
+		var i lifecycle.Instance
 		found, err := readJSON(filepath.Join(s.state, "pods", e.Name(), "pod.json"), &i)
 		if err != nil {
 			return nil, err
@@ -143,8 +78,8 @@ func (s *Store) Instances() (map[types.UID]*Instance, error) {
 }
 
 // Instance returns one pod, or nil.
-func (s *Store) Instance(uid types.UID) (*Instance, error) {
-	var i Instance
+func (s *Store) Instance(uid types.UID) (*lifecycle.Instance, error) {
+	var i lifecycle.Instance
 	found, err := readJSON(filepath.Join(s.PodDir(uid), "pod.json"), &i)
 	if err != nil || !found {
 		return nil, err
@@ -153,7 +88,7 @@ func (s *Store) Instance(uid types.UID) (*Instance, error) {
 }
 
 // Put records a pod.
-func (s *Store) Put(i *Instance) error {
+func (s *Store) Put(i *lifecycle.Instance) error {
 	dir := s.PodDir(i.Pod.Metadata.UID)
 	for _, d := range []string{dir, filepath.Join(dir, "containers"), filepath.Join(dir, "log"), filepath.Join(dir, "termination")} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
@@ -194,14 +129,14 @@ func (s *Store) recordPath(uid types.UID, container string) string {
 }
 
 // Record returns what a container did; a zero record before its first start.
-func (s *Store) Record(uid types.UID, container string) (Record, error) {
-	var r Record
+func (s *Store) Record(uid types.UID, container string) (lifecycle.Record, error) {
+	var r lifecycle.Record
 	_, err := readJSON(s.recordPath(uid, container), &r)
 	return r, err
 }
 
 // PutRecord writes what a container did.
-func (s *Store) PutRecord(uid types.UID, container string, r Record) error {
+func (s *Store) PutRecord(uid types.UID, container string, r lifecycle.Record) error {
 	return writeJSON(s.recordPath(uid, container), &r)
 }
 

@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/shared/bundle"
 	"github.com/jetbridge/jetbridge/shared/report"
 )
@@ -26,13 +27,13 @@ func store(t *testing.T) *Store {
 
 func TestInstances(t *testing.T) {
 	s := store(t)
-	i := &Instance{Phase: Running, Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "../../etc", Name: "p"}}, Started: time.Unix(1, 0).UTC()}
+	i := &lifecycle.Instance{Phase: lifecycle.Running, Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "../../etc", Name: "p"}}, Started: time.Unix(1, 0).UTC()}
 	require.NoError(t, s.Put(i))
 	assert.NotContains(t, s.PodDir("../../etc"), "..", "a UID names no other folder")
 	all, err := s.Instances()
 	require.NoError(t, err)
-	assert.Equal(t, map[types.UID]*Instance{"../../etc": i}, all)
-	require.NoError(t, s.PutRecord("../../etc", "c", Record{Attempts: 2}))
+	assert.Equal(t, map[types.UID]*lifecycle.Instance{"../../etc": i}, all)
+	require.NoError(t, s.PutRecord("../../etc", "c", lifecycle.Record{Attempts: 2}))
 	r, err := s.Record("../../etc", "c")
 	require.NoError(t, err)
 	assert.EqualValues(t, 2, r.Attempts)
@@ -46,7 +47,7 @@ func TestInstances(t *testing.T) {
 
 func TestDamageIsAnError(t *testing.T) {
 	s := store(t)
-	require.NoError(t, s.Put(&Instance{Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "u"}}}))
+	require.NoError(t, s.Put(&lifecycle.Instance{Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "u"}}}))
 	require.NoError(t, os.WriteFile(filepath.Join(s.PodDir("u"), "pod.json"), []byte("{"), 0o600))
 	_, err := s.Instances()
 	require.Error(t, err, "a pod is never overlooked")
@@ -54,7 +55,7 @@ func TestDamageIsAnError(t *testing.T) {
 
 func TestSweep(t *testing.T) {
 	s := store(t)
-	require.NoError(t, s.Put(&Instance{Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "kept"}}}))
+	require.NoError(t, s.Put(&lifecycle.Instance{Pod: bundle.Pod{Metadata: metav1.ObjectMeta{UID: "kept"}}}))
 	require.NoError(t, os.MkdirAll(s.PodDir("left"), 0o700))
 	require.NoError(t, os.MkdirAll(s.RunDir("left"), 0o700))
 	require.NoError(t, s.Sweep())

@@ -12,7 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
-	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/device-agent/unit"
 	"github.com/jetbridge/jetbridge/shared/bundle"
 )
@@ -46,7 +46,7 @@ type Step struct {
 // Input is what a plan depends on.
 type Input struct {
 	Desired    []bundle.Pod
-	Instances  map[types.UID]*journal.Instance
+	Instances  map[types.UID]*lifecycle.Instance
 	Tombstones map[types.UID]bool
 	// Prepared says which pods' images are here.
 	Prepared map[types.UID]bool
@@ -63,13 +63,13 @@ func Next(in Input) []Step {
 	for uid, instance := range in.Instances {
 		want := desired[uid]
 		switch {
-		case instance.Phase == journal.Stopped && want == nil:
+		case instance.Phase == lifecycle.Stopped && want == nil:
 			steps = append(steps, Step{Kind: Forget, UID: uid})
-		case instance.Phase == journal.Stopped:
+		case instance.Phase == lifecycle.Stopped:
 			if want.Terminating() && !in.Tombstones[uid] {
 				steps = append(steps, Step{Kind: Bury, UID: uid})
 			}
-		case instance.Phase == journal.Stopping || want == nil || want.Terminating():
+		case instance.Phase == lifecycle.Stopping || want == nil || want.Terminating():
 			stopping = true
 			steps = append(steps, Step{Kind: Stop, UID: uid, Grace: grace(instance, want)})
 		}
@@ -81,12 +81,12 @@ func Next(in Input) []Step {
 			if instance == nil && !in.Tombstones[uid] {
 				steps = append(steps, Step{Kind: Bury, UID: uid})
 			}
-		case in.Tombstones[uid] || instance != nil && (instance.Phase == journal.Stopped || instance.Phase == journal.Stopping):
-		case instance != nil && instance.Phase == journal.Running && !Changed(instance, want):
+		case in.Tombstones[uid] || instance != nil && (instance.Phase == lifecycle.Stopped || instance.Phase == lifecycle.Stopping):
+		case instance != nil && instance.Phase == lifecycle.Running && !Changed(instance, want):
 		case !in.Prepared[uid]:
 			steps = append(steps, Step{Kind: Prepare, UID: uid})
 		case stopping:
-		case instance != nil && instance.Phase == journal.Running:
+		case instance != nil && instance.Phase == lifecycle.Running:
 			steps = append(steps, Step{Kind: Replace, UID: uid})
 		default:
 			steps = append(steps, Step{Kind: Start, UID: uid})
@@ -99,7 +99,7 @@ func Next(in Input) []Step {
 // Changed says whether a running pod has other images than those that are
 // wanted: nothing else of a pod's units can change. Names are not compared, so
 // that a version of the agent that names units otherwise restarts nothing.
-func Changed(i *journal.Instance, want *bundle.Pod) bool {
+func Changed(i *lifecycle.Instance, want *bundle.Pod) bool {
 	wanted := slices.Concat(want.Spec.InitContainers, want.Spec.Containers)
 	return !slices.EqualFunc(i.Units.All(), wanted, func(u unit.Container, c corev1.Container) bool {
 		return u.Container == c.Name && u.Image == c.Image
@@ -123,8 +123,8 @@ func Settled(in Input, tried func(types.UID) bool) bool {
 	return true
 }
 
-func grace(i *journal.Instance, want *bundle.Pod) int64 {
-	if i.Phase == journal.Stopping && i.Grace > 0 && want == nil {
+func grace(i *lifecycle.Instance, want *bundle.Pod) int64 {
+	if i.Phase == lifecycle.Stopping && i.Grace > 0 && want == nil {
 		return i.Grace
 	}
 	if want != nil && want.Metadata.DeletionGracePeriodSeconds != nil {

@@ -2,7 +2,6 @@ package report
 
 import (
 	"context"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -31,6 +30,12 @@ func (f *flightctl) StatusText(context.Context, string) (string, error) {
 }
 func (f *flightctl) Reload(context.Context, string) error { f.reloads.Add(1); return nil }
 
+// pass lets the test's fake time go on, and what is due then be done.
+func pass(d time.Duration) {
+	<-time.After(d)
+	synctest.Wait()
+}
+
 func TestWriter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := t.TempDir()
@@ -54,7 +59,7 @@ func TestWriter(t *testing.T) {
 				return []report.Pod{{Namespace: "n", Name: "p", UID: "u", Status: corev1.PodStatus{Phase: phase}}}, nil
 			},
 			Applied: func() int64 { mu.Lock(); defer mu.Unlock(); return applied }, Flightctl: f, Unit: "x.service", ReloadInterval: 5 * time.Second, Interval: time.Minute,
-			Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
+			Log: slog.New(slog.DiscardHandler), Now: time.Now,
 		}
 		read := func() *report.Report {
 			text, err := os.ReadFile(o.Path)
@@ -80,17 +85,16 @@ func TestWriter(t *testing.T) {
 		for range 50 {
 			w.Bundle(4, nil)
 		}
-		time.Sleep(time.Second)
-		synctest.Wait()
+		pass(time.Second)
 		r := read()
 		assert.EqualValues(t, 2, r.Sequence, "many changes, one report")
 		assert.Equal(t, corev1.PodRunning, r.Pods[0].Status.Phase)
 		assert.EqualValues(t, 4, r.Observed)
-		time.Sleep(10 * time.Second)
+		pass(10 * time.Second)
 		assert.EqualValues(t, 1, f.reloads.Load())
 		for range 5 {
 			w.Changed()
-			time.Sleep(time.Second)
+			pass(time.Second)
 		}
 		assert.EqualValues(t, 2, read().Sequence, "nothing changed")
 		assert.EqualValues(t, 1, f.reloads.Load())
@@ -99,12 +103,11 @@ func TestWriter(t *testing.T) {
 		// The agent starts again: the same content is the same report.
 		set(corev1.PodRunning, 0)
 		w, stop = start()
-		time.Sleep(time.Second)
+		pass(time.Second)
 		assert.EqualValues(t, 2, read().Sequence)
 		assert.True(t, w.Written())
 		w.Bundle(4, &report.Error{Reason: "InvalidBundle", Message: "m"})
-		time.Sleep(time.Second)
-		synctest.Wait()
+		pass(time.Second)
 		assert.EqualValues(t, 3, read().Sequence)
 		assert.Equal(t, "InvalidBundle", read().LastError.Reason)
 		stop()

@@ -10,7 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 )
 
 // Observed is a container that exists now.
@@ -25,9 +25,9 @@ type Waiting struct{ Reason, Message string }
 
 // Input is all that a pod's status depends on.
 type Input struct {
-	Instance *journal.Instance
+	Instance *lifecycle.Instance
 	// Records, Containers and Waiting are by the container's name in the pod.
-	Records    map[string]journal.Record
+	Records    map[string]lifecycle.Record
 	Containers map[string]Observed
 	Waiting    map[string]Waiting
 	// PodActive says whether the pod's own service runs.
@@ -69,7 +69,7 @@ func Compute(in Input) corev1.PodStatus {
 }
 
 // Refused is the status of a pod that the device will not run.
-func Refused(i *journal.Instance, reason, message string) corev1.PodStatus {
+func Refused(i *lifecycle.Instance, reason, message string) corev1.PodStatus {
 	started := metav1.NewTime(i.Started)
 	return corev1.PodStatus{Phase: corev1.PodFailed, Reason: reason, Message: message, StartTime: &started}
 }
@@ -88,7 +88,7 @@ func WillRestart(policy corev1.RestartPolicy, init bool, exitCode int32) bool {
 
 func containerStatus(in Input, c *corev1.Container, init, reached bool) corev1.ContainerStatus {
 	r, seen := in.Records[c.Name], in.Containers[c.Name]
-	gone := in.Instance.Phase == journal.Stopped
+	gone := in.Instance.Phase == lifecycle.Stopped
 	s := corev1.ContainerStatus{Name: c.Name, Image: c.Image, RestartCount: max(r.Attempts-1, 0)}
 	started := false
 	switch {
@@ -99,7 +99,7 @@ func containerStatus(in Input, c *corev1.Container, init, reached bool) corev1.C
 		s.Ready, started = !init, true
 	case r.Attempts == 0:
 		s.State.Waiting = notStarted(in, c, init, reached)
-	case r.Ended() && (gone || in.Instance.Phase == journal.Stopping || r.Delay == 0 || !WillRestart(in.Instance.Pod.Spec.RestartPolicy, init, r.Last.ExitCode)):
+	case r.Ended() && (gone || in.Instance.Phase == lifecycle.Stopping || r.Delay == 0 || !WillRestart(in.Instance.Pod.Spec.RestartPolicy, init, r.Last.ExitCode)):
 		s.State.Terminated = terminated(r.Last)
 		s.LastTerminationState.Terminated = terminated(r.Before)
 		s.ContainerID, s.ImageID = id(r.Last.ContainerID), r.Last.ImageID
@@ -139,7 +139,7 @@ func id(s string) string {
 	return "podman://" + s
 }
 
-func terminated(e *journal.End) *corev1.ContainerStateTerminated {
+func terminated(e *lifecycle.End) *corev1.ContainerStateTerminated {
 	if e == nil {
 		return nil
 	}
@@ -153,11 +153,11 @@ func phase(in Input, s *corev1.PodStatus, initialized bool) corev1.PodPhase {
 	policy := in.Instance.Pod.Spec.RestartPolicy
 	if !initialized {
 		for _, c := range s.InitContainerStatuses {
-			if t := c.State.Terminated; t != nil && t.ExitCode != 0 && (policy == corev1.RestartPolicyNever || in.Instance.Phase == journal.Stopped) {
+			if t := c.State.Terminated; t != nil && t.ExitCode != 0 && (policy == corev1.RestartPolicyNever || in.Instance.Phase == lifecycle.Stopped) {
 				return corev1.PodFailed
 			}
 		}
-		if in.Instance.Phase == journal.Stopped {
+		if in.Instance.Phase == lifecycle.Stopped {
 			return corev1.PodFailed
 		}
 		return corev1.PodPending
@@ -181,7 +181,7 @@ func phase(in Input, s *corev1.PodStatus, initialized bool) corev1.PodPhase {
 		}
 	}
 	switch {
-	case in.Instance.Phase == journal.Stopped:
+	case in.Instance.Phase == lifecycle.Stopped:
 		if waiting == 0 && stopped == succeeded {
 			return corev1.PodSucceeded
 		}

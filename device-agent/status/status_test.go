@@ -13,7 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
 
-	"github.com/jetbridge/jetbridge/device-agent/journal"
+	"github.com/jetbridge/jetbridge/device-agent/lifecycle"
 	"github.com/jetbridge/jetbridge/shared/bundle"
 )
 
@@ -21,17 +21,17 @@ var update = flag.Bool("update", false, "rewrite the golden files")
 
 func at(s int) time.Time { return time.Date(2026, 1, 2, 3, 0, s, 0, time.UTC) }
 
-func end(code int32, reason string, from, to int) *journal.End {
-	return &journal.End{ExitCode: code, Reason: reason, Started: at(from), Finished: at(to), ContainerID: "c0ffee", ImageID: "1mage"}
+func end(code int32, reason string, from, to int) *lifecycle.End {
+	return &lifecycle.End{ExitCode: code, Reason: reason, Started: at(from), Finished: at(to), ContainerID: "c0ffee", ImageID: "1mage"}
 }
 
-func input(phase journal.Phase, policy corev1.RestartPolicy, inits ...string) Input {
+func input(phase lifecycle.Phase, policy corev1.RestartPolicy, inits ...string) Input {
 	p := bundle.Pod{Metadata: metav1.ObjectMeta{Namespace: "default", Name: "web", UID: "u1"}, Spec: corev1.PodSpec{RestartPolicy: policy, Containers: []corev1.Container{{Name: "main", Image: "a:1"}}}}
 	for _, n := range inits {
 		p.Spec.InitContainers = append(p.Spec.InitContainers, corev1.Container{Name: n, Image: "i:1"})
 	}
 	return Input{
-		Instance: &journal.Instance{Phase: phase, Pod: p, Started: at(0)}, Records: map[string]journal.Record{}, Containers: map[string]Observed{},
+		Instance: &lifecycle.Instance{Phase: phase, Pod: p, Started: at(0)}, Records: map[string]lifecycle.Record{}, Containers: map[string]Observed{},
 		HostIP: "10.0.0.1", PodIPs: []string{"10.88.0.2"}, PodActive: true, Now: at(50),
 	}
 }
@@ -39,59 +39,59 @@ func input(phase journal.Phase, policy corev1.RestartPolicy, inits ...string) In
 func TestComputeGolden(t *testing.T) {
 	cases := map[string]func() Input{
 		"image-pull": func() Input {
-			in := input(journal.Starting, corev1.RestartPolicyAlways)
+			in := input(lifecycle.Starting, corev1.RestartPolicyAlways)
 			in.Waiting = map[string]Waiting{"main": {"ErrImagePull", "no such host"}}
 			in.PodActive, in.PodIPs = false, nil
 			return in
 		},
 		"creating": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyAlways)
-			in.Records["main"] = journal.Record{Attempts: 1, Started: at(10)}
+			in := input(lifecycle.Running, corev1.RestartPolicyAlways)
+			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10)}
 			return in
 		},
 		"initializing": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyAlways, "one", "two")
-			in.Records["one"] = journal.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
-			in.Records["two"] = journal.Record{Attempts: 1, Started: at(3)}
+			in := input(lifecycle.Running, corev1.RestartPolicyAlways, "one", "two")
+			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
+			in.Records["two"] = lifecycle.Record{Attempts: 1, Started: at(3)}
 			in.Containers["two"] = Observed{ID: "22", ImageID: "1mage", Running: true, Started: at(3)}
 			return in
 		},
 		"running": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyAlways, "one")
-			in.Records["one"] = journal.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
-			in.Records["main"] = journal.Record{Attempts: 2, Started: at(10), Last: end(1, "Error", 5, 9)}
+			in := input(lifecycle.Running, corev1.RestartPolicyAlways, "one")
+			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
+			in.Records["main"] = lifecycle.Record{Attempts: 2, Started: at(10), Last: end(1, "Error", 5, 9)}
 			in.Containers["main"] = Observed{ID: "33", ImageID: "1mage", Running: true, Started: at(10)}
 			return in
 		},
 		"crash-loop": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyAlways)
-			in.Records["main"] = journal.Record{Attempts: 3, Started: at(10), Last: end(137, "OOMKilled", 10, 11), Delay: 20 * time.Second, Until: at(31)}
+			in := input(lifecycle.Running, corev1.RestartPolicyAlways)
+			in.Records["main"] = lifecycle.Record{Attempts: 3, Started: at(10), Last: end(137, "OOMKilled", 10, 11), Delay: 20 * time.Second, Until: at(31)}
 			return in
 		},
 		"succeeded": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyOnFailure)
-			in.Records["main"] = journal.Record{Attempts: 2, Started: at(10), Last: end(0, "Completed", 10, 11), Before: end(1, "Error", 5, 6), Delay: 20 * time.Second}
+			in := input(lifecycle.Running, corev1.RestartPolicyOnFailure)
+			in.Records["main"] = lifecycle.Record{Attempts: 2, Started: at(10), Last: end(0, "Completed", 10, 11), Before: end(1, "Error", 5, 6), Delay: 20 * time.Second}
 			return in
 		},
 		"failed": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyNever)
-			in.Records["main"] = journal.Record{Attempts: 1, Started: at(10), Last: end(4, "Error", 10, 11)}
+			in := input(lifecycle.Running, corev1.RestartPolicyNever)
+			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10), Last: end(4, "Error", 10, 11)}
 			return in
 		},
 		"init-failed": func() Input {
-			in := input(journal.Running, corev1.RestartPolicyNever, "one")
-			in.Records["one"] = journal.Record{Attempts: 1, Started: at(1), Last: end(9, "Error", 1, 2)}
+			in := input(lifecycle.Running, corev1.RestartPolicyNever, "one")
+			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(9, "Error", 1, 2)}
 			return in
 		},
 		"stopped": func() Input {
-			in := input(journal.Stopped, corev1.RestartPolicyAlways)
-			in.Records["main"] = journal.Record{Attempts: 1, Started: at(10), Last: end(143, "Error", 10, 40)}
+			in := input(lifecycle.Stopped, corev1.RestartPolicyAlways)
+			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10), Last: end(143, "Error", 10, 40)}
 			in.PodActive, in.PodIPs = false, nil
 			return in
 		},
 		"stopped-unknown": func() Input {
-			in := input(journal.Stopped, corev1.RestartPolicyAlways)
-			in.Records["main"] = journal.Record{Attempts: 1, Started: at(10)}
+			in := input(lifecycle.Stopped, corev1.RestartPolicyAlways)
+			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10)}
 			in.PodActive, in.PodIPs = false, nil
 			return in
 		},
@@ -113,11 +113,11 @@ func TestComputeGolden(t *testing.T) {
 }
 
 func TestConditionTimes(t *testing.T) {
-	in := input(journal.Running, corev1.RestartPolicyAlways)
+	in := input(lifecycle.Running, corev1.RestartPolicyAlways)
 	first := Compute(in)
 	in.Now, in.Previous = at(59), &first
 	assert.Equal(t, first, Compute(in), "nothing changed, so no time does")
-	in.Records["main"] = journal.Record{Attempts: 1, Started: at(58)}
+	in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(58)}
 	in.Containers["main"] = Observed{ID: "1", Running: true, Started: at(58)}
 	for _, c := range Compute(in).Conditions {
 		want := at(50)

@@ -18,7 +18,7 @@ import (
 	"encoding/csv"
 	"encoding/json"
 	"fmt"
-	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -165,7 +165,7 @@ func (r *renderer) pod() File {
 			}
 			publish := strconv.Itoa(int(p.HostPort)) + ":" + strconv.Itoa(int(p.ContainerPort))
 			if p.HostIP != "" {
-				if net.ParseIP(p.HostIP) == nil {
+				if a, err := netip.ParseAddr(p.HostIP); err != nil || a.Zone() != "" {
 					r.errs = append(r.errs, field.Invalid(spec.Child("containers").Index(i).Child("ports").Index(j).Child("hostIP"), p.HostIP, "must be an IP address"))
 					continue
 				}
@@ -209,7 +209,7 @@ func Grace(pod *corev1.Pod) int64 {
 	return max(grace, 1)
 }
 
-func (r *renderer) common(t *text, path *field.Path, c *corev1.Container) {
+func (r *renderer) common(t *text, c *corev1.Container) {
 	t.set("Slice", r.names.Slice)
 	t.set("Delegate", "yes")
 	t.set("KillMode", "mixed")
@@ -237,7 +237,7 @@ func (r *renderer) init(i int, after []string) File {
 	t.set("Type", "oneshot")
 	t.set("RemainAfterExit", "yes")
 	t.set("TimeoutStartSec", "infinity")
-	r.common(&t, path, c)
+	r.common(&t, c)
 	argv := r.helper("run-init", name)
 	argv = append(argv, "--restart-policy="+string(r.in.Pod.Spec.RestartPolicy), fmt.Sprintf("--grace=%d", Grace(r.in.Pod)), "--")
 	argv = append(argv, r.run(path, c, name, "--sdnotify=ignore")...)
@@ -267,7 +267,7 @@ func (r *renderer) main(i int, inits []string) File {
 	}
 	t.set("RestartSec", "100ms")
 	t.set("TimeoutStartSec", 330)
-	r.common(&t, path, c)
+	r.common(&t, c)
 	r.exec(&t, path, "ExecStartPre", "", r.helper("backoff", name)...)
 	r.exec(&t, path, "ExecStart", "", r.run(path, c, name, "--sdnotify=conmon")...)
 	r.exec(&t, path, "ExecStop", "", append(r.helper("stop", name), fmt.Sprintf("--grace=%d", Grace(r.in.Pod)))...)
@@ -287,7 +287,7 @@ func (r *renderer) run(path *field.Path, c *corev1.Container, name Container, no
 		"--label=jetbridge.dev/uid=" + string(pod.UID), "--label=jetbridge.dev/container=" + c.Name,
 		"--env-file=" + host.RunDir + "/env/" + c.Name + ".podman",
 	}
-	argv = append(argv, r.resources(path, c)...)
+	argv = append(argv, r.resources(c)...)
 	argv = append(argv, r.security(path, c)...)
 	if c.WorkingDir != "" {
 		argv = append(argv, "--workdir="+c.WorkingDir)
@@ -354,7 +354,7 @@ func (r *renderer) mount(path *field.Path, m Mount) string {
 	return "--mount=" + strings.TrimSuffix(b.String(), "\n")
 }
 
-func (r *renderer) resources(path *field.Path, c *corev1.Container) []string {
+func (r *renderer) resources(c *corev1.Container) []string {
 	var argv []string
 	if q, ok := c.Resources.Limits[corev1.ResourceMemory]; ok && !q.IsZero() {
 		argv = append(argv, fmt.Sprintf("--memory=%db", q.Value()), fmt.Sprintf("--memory-swap=%db", q.Value()))

@@ -92,7 +92,7 @@ func hostPath(h *corev1.HostPathVolumeSource) error {
 		return err
 	}
 	is := func(want fs.FileMode) bool { return !missing && info.Mode()&fs.ModeType == want }
-	ok := true
+	var ok bool
 	switch kind {
 	case corev1.HostPathUnset:
 		ok = !missing

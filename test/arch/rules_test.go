@@ -30,7 +30,7 @@ var (
 	// pure packages compute and do nothing else.
 	pure = []string{
 		"cluster-shim/device", "cluster-shim/disconnect", "cluster-shim/podstatus",
-		"device-agent/feature", "device-agent/plan", "device-agent/podenv", "device-agent/status", "device-agent/unit",
+		"device-agent/feature", "device-agent/lifecycle", "device-agent/plan", "device-agent/podenv", "device-agent/status", "device-agent/unit",
 	}
 	// workers have goroutines and decide when things happen.
 	shimWorkers  = []string{"cluster-shim/delivery", "cluster-shim/inventory", "cluster-shim/podsync", "cluster-shim/shard", "cluster-shim/virtualnode"}
