@@ -219,12 +219,15 @@ func (m *Manager) claim(ctx context.Context, d device.State) (string, error) {
 	}
 	var failed error
 	free := func(name string) bool {
+		gone := map[string]bool{}
 		for _, other := range m.o.Devices.List() {
-			if other.Name != d.Name && (other.Alias == name || other.Name == name) {
+			gone[other.Name] = other.Gone
+			if !other.Gone && other.Name != d.Name && (other.Alias == name || other.Name == name) {
 				return false
 			}
 		}
-		if _, taken := m.DeviceOf(name); taken {
+		// The name of a device that is gone is free once its node is.
+		if holder, taken := m.DeviceOf(name); taken && !gone[holder] {
 			return false
 		}
 		_, err := m.o.Client.CoreV1().Nodes().Get(ctx, name, metav1.GetOptions{})
@@ -242,6 +245,7 @@ func (m *Manager) claim(ctx context.Context, d device.State) (string, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	delete(m.names, m.devices[name])
 	m.names[d.Name], m.devices[name] = name, d.Name
 	return name, nil
 }
