@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -17,6 +18,9 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/jetbridge/jetbridge/shared/bundle"
+	"github.com/jetbridge/jetbridge/shared/wellknown"
 )
 
 const forever = "trap 'exit 0' TERM; while true; do sleep 1; done"
@@ -330,7 +334,19 @@ stringData: {password: "s3cr3t-of-%[1]s"}
 			})
 			assert.Equal(t, before, process(t, d, &p), "a new content of a volume restarts nothing")
 
-			// What is secret is sealed on its way, and readable by root only on the device.
+			// What is secret is sealed on its way: the document that Flightctl
+			// carried, stored and logged does not have it, nor does the disk.
+			carried, err := bundle.Decode([]byte(on(t, d, "cat", wellknown.BundlePath)), mustGet[corev1.Node](t, "node", d.node).Labels[wellknown.LabelDevice])
+			require.NoError(t, err)
+			assert.NotEmpty(t, carried.Sealed)
+			carried.Sealed = nil
+			plain, err := json.Marshal(carried)
+			require.NoError(t, err)
+			assert.Contains(t, string(plain), name)
+			for _, secret := range []string{"s3cr3t-of-" + name, "changed"} {
+				assert.NotContains(t, string(plain), secret)
+				assert.NotContains(t, string(plain), base64.StdEncoding.EncodeToString([]byte(secret)))
+			}
 			stored := on(t, d, "sh", "-c", "grep -rlaF s3cr3t-of-"+name+" /var/lib/flightctl /var/lib/jetbridge /run/systemd/system || true")
 			assert.Empty(t, stored, "plaintext of a Secret on the device's disk")
 			kubectl(t, "-n", ns, "delete", "pod", name, "--timeout=90s")

@@ -236,30 +236,49 @@ func every(d time.Duration, f func()) (stop func()) {
 }
 
 // Lock takes an exclusive lock on the file and waits for it if need be. The lock
-// ends with the returned function, or with the process.
+// ends with the returned function, or with the process. Who holds the lock may
+// remove the file.
 func Lock(ctx context.Context, path string) (unlock func(), err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("cannot make folder for lock: %w", err)
+	for {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, fmt.Errorf("cannot make folder for lock: %w", err)
+		}
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if errors.Is(err, os.ErrNotExist) {
+			continue // somebody removed the folder just now
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cannot open lock: %w", err)
+		}
+		if err := flock(ctx, f); err != nil {
+			f.Close()
+			return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+		}
+		// The one before may have removed the file that we waited for.
+		locked, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("cannot look at lock: %w", err)
+		}
+		if current, err := os.Stat(path); err == nil && os.SameFile(locked, current) {
+			return func() { f.Close() }, nil
+		}
+		f.Close()
 	}
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("cannot open lock: %w", err)
-	}
+}
+
+// flock waits for an exclusive lock.
+func flock(ctx context.Context, f *os.File) error {
 	retry := time.NewTicker(100 * time.Millisecond)
 	defer retry.Stop()
 	for {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("cannot lock %s: %w", path, err)
+		if err == nil || !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return err
 		}
 		select {
 		case <-ctx.Done():
-			f.Close()
-			return nil, fmt.Errorf("cannot lock %s: %w", path, ctx.Err())
+			return ctx.Err()
 		case <-retry.C:
 		}
 	}

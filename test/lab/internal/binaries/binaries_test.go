@@ -89,3 +89,32 @@ func TestLockExcludes(t *testing.T) {
 	require.NoError(t, err)
 	unlock()
 }
+
+// TestLock_removed: a lock whose file its holder removed excludes nobody any more,
+// and whoever waited for it holds a file that others find.
+func TestLock_removed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "labs", "lock")
+	unlock, err := Lock(t.Context(), path)
+	require.NoError(t, err)
+
+	type result struct {
+		unlock func()
+		err    error
+	}
+	second := make(chan result)
+	go func() {
+		unlock, err := Lock(t.Context(), path)
+		second <- result{unlock, err}
+	}()
+	require.NoError(t, os.Remove(path))
+	unlock()
+	r := <-second
+	require.NoError(t, r.err)
+	defer r.unlock()
+	assert.FileExists(t, path)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	_, err = Lock(ctx, path)
+	require.ErrorIs(t, err, context.Canceled)
+}

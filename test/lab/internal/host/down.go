@@ -46,11 +46,25 @@ func Down(ctx context.Context, lab layout.Lab, out io.Writer) error {
 	if err := end(ctx, c); err != nil {
 		return err
 	}
-	return prove(c, before, out)
+	if err := prove(c, before, out); err != nil {
+		return err
+	}
+	if err := os.Remove(lockFile(lab)); err != nil {
+		return fmt.Errorf("cannot remove lock: %w", err)
+	}
+	// The folder of all labs goes with the last one.
+	if err := os.Remove(filepath.Dir(lab.Dir)); err != nil && !errors.Is(err, syscall.ENOTEMPTY) {
+		return fmt.Errorf("cannot remove folder of labs: %w", err)
+	}
+	return nil
+}
+
+func lockFile(lab layout.Lab) string {
+	return filepath.Join(filepath.Dir(lab.Dir), "."+lab.Name+".lock")
 }
 
 func lockLab(ctx context.Context, lab layout.Lab) (func(), error) {
-	return binaries.Lock(ctx, filepath.Join(filepath.Dir(lab.Dir), "."+lab.Name+".lock"))
+	return binaries.Lock(ctx, lockFile(lab))
 }
 
 // end kills all of a lab and removes its files.
