@@ -138,10 +138,8 @@ func servicesRoot(c layout.Config) error {
 		return err
 	}
 	in := func(path string) string { return filepath.Join(root, path) }
-	for _, dir := range []string{lab.Dir, c.CacheDir, "/var/lib/postgresql", "/var/flightctl/k8s"} {
-		if err := os.MkdirAll(in(dir), 0o755); err != nil {
-			return fmt.Errorf("cannot make folder: %w", err)
-		}
+	if err := os.MkdirAll(in("/var/flightctl/k8s"), 0o755); err != nil {
+		return fmt.Errorf("cannot make folder: %w", err)
 	}
 	for _, m := range []struct {
 		source, target, fstype string
@@ -159,6 +157,11 @@ func servicesRoot(c layout.Config) error {
 		{c.CacheDir, c.CacheDir, "", unix.MS_BIND | unix.MS_REMOUNT | unix.MS_RDONLY, ""},
 		{lab.Path("postgres"), "/var/lib/postgresql", "", unix.MS_BIND, ""},
 	} {
+		// Only now: the state and the cache may lie below a folder that was
+		// just mounted over, such as /tmp.
+		if err := os.MkdirAll(in(m.target), 0o755); err != nil {
+			return fmt.Errorf("cannot make folder: %w", err)
+		}
 		if err := mount(m.source, in(m.target), m.fstype, m.flags, m.options); err != nil {
 			return err
 		}
