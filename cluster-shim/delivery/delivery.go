@@ -56,8 +56,10 @@ const (
 	// fleetAge is how long a fleet's template counts as right after a look.
 	fleetAge   = time.Minute
 	bundleMode = 0o600
-	workers    = 4
-	pageSize   = 100
+	// notReadyPause is when to look again for pods that are not all known.
+	notReadyPause = 3 * time.Second
+	workers       = 4
+	pageSize      = 100
 )
 
 // API is what delivery needs of Flightctl.
@@ -123,6 +125,8 @@ type Delivery struct {
 	mu     sync.Mutex // guards everything that follows
 	states map[string]*state
 	fleets map[string]time.Time
+	// unreadable are the names of records that could not be read at the start.
+	unreadable map[string]bool
 
 	repoMu sync.Mutex // guards repoDone, and is held while it is made
 	// repoDone says that Flightctl has the repository.
@@ -131,7 +135,12 @@ type Delivery struct {
 
 // state is what is known of one device.
 type state struct {
-	mu sync.Mutex // guards everything that follows, and is held while syncing
+	// mu guards everything that follows; it is held while minting, but never
+	// while Flightctl is asked for something.
+	mu sync.Mutex
+	// blocked says that there is a record which could not be read: until it
+	// can, nothing is known of what the device has.
+	blocked bool
 	// record is what was minted last; nil if nothing was.
 	record *record
 	// withdrawn pods are never delivered.
@@ -160,7 +169,7 @@ func New(o Options) *Delivery {
 	return &Delivery{
 		o: o, loaded: make(chan struct{}),
 		queue:  workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[string](failMin, failMax)),
-		states: map[string]*state{}, fleets: map[string]time.Time{},
+		states: map[string]*state{}, fleets: map[string]time.Time{}, unreadable: map[string]bool{},
 	}
 }
 
@@ -187,7 +196,7 @@ func (d *Delivery) Withdraw(device string, uid types.UID) bool {
 	st := d.state(device)
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.record != nil && st.record.pods[uid] {
+	if st.blocked || st.record != nil && st.record.pods[uid] {
 		return false
 	}
 	st.withdrawn[uid] = true
@@ -199,7 +208,7 @@ func (d *Delivery) state(device string) *state {
 	defer d.mu.Unlock()
 	st, ok := d.states[device]
 	if !ok {
-		st = &state{withdrawn: map[types.UID]bool{}}
+		st = &state{withdrawn: map[types.UID]bool{}, blocked: d.unreadable[recordName(device)]}
 		d.states[device] = st
 	}
 	return st
@@ -254,7 +263,10 @@ func (d *Delivery) load(ctx context.Context) error {
 		for i := range list.Items {
 			r, err := readRecord(&list.Items[i])
 			if err != nil {
-				return err
+				// It shall not keep other devices waiting.
+				d.o.Log.ErrorContext(ctx, "record of a bundle is unreadable, its device gets nothing new", "record", list.Items[i].Name, "device", list.Items[i].Annotations[annotationOwner], "error", err)
+				d.block(list.Items[i].Name)
+				continue
 			}
 			st := d.state(r.device)
 			st.mu.Lock()
@@ -268,6 +280,41 @@ func (d *Delivery) load(ctx context.Context) error {
 		}
 		opts.Continue = list.Continue
 	}
+}
+
+// block keeps the device of an unreadable record, which its name tells, from
+// getting anything.
+func (d *Delivery) block(record string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.unreadable[record] = true
+	for name, st := range d.states {
+		if recordName(name) == record {
+			st.mu.Lock()
+			st.blocked = true
+			st.mu.Unlock()
+		}
+	}
+}
+
+// unblock reads the record of a blocked device again. The lock of st is held.
+func (d *Delivery) unblock(ctx context.Context, name string, st *state) error {
+	s, err := d.o.Secrets.Get(ctx, recordName(name), metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err): // somebody removed it to begin anew
+	case err != nil:
+		return fmt.Errorf("cannot get the unreadable record of device %s again: %w", name, err)
+	default:
+		r, err := readRecord(s)
+		if err != nil {
+			return fmt.Errorf("device %s gets nothing new: %w", name, err)
+		}
+		st.record = r
+		d.o.Server.set(name, r.encoded)
+	}
+	st.blocked = false
+	d.o.Log.InfoContext(ctx, "record of a bundle is readable again or gone", "device", name)
+	return nil
 }
 
 func (d *Delivery) work(ctx context.Context) bool {
@@ -299,30 +346,78 @@ func (d *Delivery) sync(ctx context.Context, name string) (time.Duration, error)
 		return 0, nil
 	}
 	st := d.state(name)
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	pods, secrets, ready := d.o.Source.Desired(name)
+	r, p, ready, err := d.prepare(ctx, dev, st)
+	if err != nil {
+		return 0, err
+	}
 	if !ready {
+		return notReadyPause, nil
+	}
+	if r == nil {
 		return 0, nil
 	}
-	if st.record == nil && len(pods) == 0 {
-		return 0, nil
+	// The queue has one worker at a time for a device, so nobody else
+	// publishes while the lock is free.
+	p, again, idle, err := d.publish(ctx, dev, r, p)
+	if err != nil {
+		return 0, err
+	}
+	if idle && p.tries > 1 && dev.Report != nil {
+		// Flightctl renders nothing for a spec that stays the same.
+		if r, err = d.remint(ctx, dev, st); err != nil {
+			return 0, err
+		}
+		p = publication{carrier: p.carrier, generation: r.generation, tries: p.tries - 1}
+		if p, again, _, err = d.publish(ctx, dev, r, p); err != nil {
+			return 0, err
+		}
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.published = p
+	return again, nil
+}
+
+// prepare mints what is due and returns what to publish, nil if nothing, and
+// whether all that the device shall have is known.
+func (d *Delivery) prepare(ctx context.Context, dev device.State, st *state) (*record, publication, bool, error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.blocked {
+		if err := d.unblock(ctx, dev.Name, st); err != nil {
+			return nil, publication{}, false, err
+		}
+	}
+	pods, secrets, ready := d.o.Source.Desired(dev.Name) // under the lock, for Withdraw's sake
+	if !ready || st.record == nil && len(pods) == 0 {
+		return nil, publication{}, ready, nil
 	}
 	// A device with a record did report once: without its word neither its
 	// key nor its generation is known, so what it has stays.
 	if st.record == nil || dev.Report != nil {
-		if err := d.mint(ctx, dev, st, pods, secrets); err != nil {
-			return 0, err
+		if err := d.mint(ctx, dev, st, pods, secrets, false); err != nil {
+			return nil, publication{}, false, err
 		}
 	}
-	if st.record == nil {
-		return 0, nil
-	}
-	return d.publish(ctx, dev, st)
+	return st.record, st.published, true, nil
 }
 
-// mint makes and records a new bundle if there is reason for one.
-func (d *Delivery) mint(ctx context.Context, dev device.State, st *state, pods []bundle.Pod, secrets bundle.Secrets) error {
+// remint makes the next generation of a desired state that did not change.
+func (d *Delivery) remint(ctx context.Context, dev device.State, st *state) (*record, error) {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	pods, secrets, ready := d.o.Source.Desired(dev.Name)
+	if !ready {
+		return st.record, nil
+	}
+	if err := d.mint(ctx, dev, st, pods, secrets, true); err != nil {
+		return nil, err
+	}
+	return st.record, nil
+}
+
+// mint makes and records a new bundle if there is reason for one, or anyway.
+func (d *Delivery) mint(ctx context.Context, dev device.State, st *state, pods []bundle.Pod, secrets bundle.Secrets, anyway bool) error {
 	var key *seal.PublicKey
 	var keyID string
 	if dev.Report != nil && len(dev.Report.PublicKey) > 0 {
@@ -367,7 +462,7 @@ func (d *Delivery) mint(ctx context.Context, dev device.State, st *state, pods [
 		if err != nil {
 			return err
 		}
-		if d.unchanged(st.record, mac, dev.Observed(), want) {
+		if !anyway && d.unchanged(st.record, mac, dev.Observed(), want) {
 			return nil
 		}
 		generation := dev.Observed() + 1
@@ -475,34 +570,34 @@ func (d *Delivery) setHeld(name string, st *state, held map[types.UID]hold) {
 	}
 }
 
-// publish puts the record on the device's carrier if that is due.
-func (d *Delivery) publish(ctx context.Context, dev device.State, st *state) (time.Duration, error) {
-	r := st.record
+// publish puts the record on the device's carrier if that is due. It returns
+// what was done, when to look again, and whether it changed nothing at all.
+func (d *Delivery) publish(ctx context.Context, dev device.State, r *record, p publication) (done publication, again time.Duration, idle bool, err error) {
 	carrier := "device"
 	if dev.Fleet != "" {
 		carrier = "fleet/" + dev.Fleet
 	}
-	p := st.published
 	fresh := p.generation != r.generation || p.carrier != carrier
 	now := d.o.Now()
 	if !fresh {
 		switch {
 		case dev.Observed() >= r.generation, dev.Connection == device.Disconnected:
-			return 0, nil // delivered, or nobody to deliver to
+			return p, 0, false, nil // delivered, or nobody to deliver to
 		case now.Before(p.next):
-			return p.next.Sub(now), nil
+			return p, p.next.Sub(now), false, nil
 		}
 	} else {
 		p = publication{carrier: carrier, generation: r.generation}
 	}
-	var err error
 	if dev.Fleet == "" {
-		_, err = d.o.API.SetDeviceFile(ctx, dev.Name, wellknown.ConfigEntry, flightapi.File{Path: wellknown.BundlePath, Content: string(r.encoded), Mode: bundleMode})
+		var changed bool
+		changed, err = d.o.API.SetDeviceFile(ctx, dev.Name, wellknown.ConfigEntry, flightapi.File{Path: wellknown.BundlePath, Content: string(r.encoded), Mode: bundleMode})
+		idle = !changed
 	} else {
 		err = d.publishByFleet(ctx, dev, r, p.tries)
 	}
 	if err != nil {
-		return 0, fmt.Errorf("cannot publish bundle %d: %w", r.generation, err)
+		return p, 0, false, fmt.Errorf("cannot publish bundle %d: %w", r.generation, err)
 	}
 	pause := retryCap
 	if p.tries < 6 { // beyond, doubling is past the cap in any case
@@ -510,12 +605,11 @@ func (d *Delivery) publish(ctx context.Context, dev device.State, st *state) (ti
 	}
 	p.tries++
 	p.next = now.Add(pause)
-	st.published = p
 	d.o.Log.InfoContext(ctx, "published bundle", "device", dev.Name, "generation", r.generation, "carrier", carrier, "try", p.tries)
 	if dev.Observed() >= r.generation {
-		return 0, nil
+		return p, 0, false, nil
 	}
-	return pause, nil
+	return p, pause, idle, nil
 }
 
 // Ref is the entry that a fleet's template needs.

@@ -44,6 +44,8 @@ type world struct {
 	refs   int
 	repos  int
 	fail   error
+	// during is called within each change of the device's spec.
+	during func()
 
 	cluster *fake.Clientset
 	d       *Delivery
@@ -54,8 +56,12 @@ func (w *world) Desired(string) ([]bundle.Pod, bundle.Secrets, bool) {
 	return w.pods, w.secrets, w.ready
 }
 func (w *world) SetDeviceFile(_ context.Context, _, _ string, f flightapi.File) (bool, error) {
+	if w.during != nil {
+		w.during()
+	}
+	changed := w.file == nil || *w.file != f
 	w.file = &f
-	return true, w.fail
+	return changed, w.fail
 }
 func (w *world) SetDeviceLabel(_ context.Context, _, key, value string) (bool, error) {
 	assert.Equal(w.t, wellknown.DeviceLabelRevision, key)
@@ -334,4 +340,90 @@ func TestKeysAreKept(t *testing.T) {
 	cert, err := moved.Certificate()
 	require.NoError(t, err)
 	assert.NoError(t, cert.Leaf.VerifyHostname("shim.example"))
+}
+
+func TestAnUnreadableRecordBlocksItsDeviceOnly(t *testing.T) {
+	w := newWorld(t)
+	w.pods = []bundle.Pod{pod("1")}
+	w.sync()
+	secrets := w.cluster.CoreV1().Secrets("ns")
+	good, err := secrets.Get(t.Context(), recordName("d"), metav1.GetOptions{})
+	require.NoError(t, err)
+	bad := good.DeepCopy()
+	bad.Data[keyBundle] = []byte("damaged")
+	_, err = secrets.Update(t.Context(), bad, metav1.UpdateOptions{})
+	require.NoError(t, err)
+
+	w.restart()
+	w.file = nil
+	w.pods = []bundle.Pod{pod("2")}
+	_, err = w.d.sync(t.Context(), "d")
+	require.ErrorContains(t, err, "gets nothing new")
+	assert.Nil(t, w.record())
+	assert.Nil(t, w.file)
+	assert.False(t, w.d.Withdraw("d", "1"), "it may be in the bundle")
+	assert.True(t, w.d.Withdraw("other", "1"), "others go on")
+
+	_, err = secrets.Update(t.Context(), good, metav1.UpdateOptions{})
+	require.NoError(t, err)
+	w.sync()
+	assert.EqualValues(t, 2, w.record().generation)
+}
+
+func TestNoRecordWithoutAPositiveGeneration(t *testing.T) {
+	w := newWorld(t)
+	for _, generation := range []int64{0, -1} {
+		r := &record{device: "d", generation: generation}
+		require.Error(t, r.store(t.Context(), w.cluster.CoreV1().Secrets("ns"), "ns"))
+	}
+	list, err := w.cluster.CoreV1().Secrets("ns").List(t.Context(), metav1.ListOptions{})
+	require.NoError(t, err)
+	assert.Empty(t, list.Items)
+}
+
+func TestNotReadyLeavesTheRecordAlone(t *testing.T) {
+	w := newWorld(t)
+	w.pods = []bundle.Pod{pod("1")}
+	w.sync()
+	w.restart()
+	before := *w.record()
+	w.pods, w.ready = nil, false
+	assert.Equal(t, notReadyPause, w.sync(), "nobody else may wake it")
+	assert.Equal(t, before, *w.record())
+}
+
+func TestWithdrawDoesNotWaitForFlightctl(t *testing.T) {
+	w := newWorld(t)
+	w.pods = []bundle.Pod{pod("1")}
+	called := false
+	w.during = func() {
+		called = true
+		st := w.d.state("d")
+		if assert.True(t, st.mu.TryLock()) {
+			st.mu.Unlock()
+		}
+	}
+	w.sync()
+	assert.True(t, called)
+}
+
+func TestARetryThatChangesNothingMintsAgain(t *testing.T) {
+	w := newWorld(t)
+	w.pods = []bundle.Pod{pod("1")}
+	w.sync()
+	first := w.file.Content
+	w.now = w.now.Add(61 * time.Second)
+	assert.Equal(t, 2*time.Minute, w.sync(), "the pauses grow on")
+	assert.EqualValues(t, 2, w.record().generation)
+	assert.NotEqual(t, first, w.file.Content)
+	assert.Equal(t, string(w.record().encoded), w.file.Content)
+	w.sync()
+	assert.EqualValues(t, 2, w.record().generation, "once in a pause")
+	w.now = w.now.Add(2 * time.Minute)
+	w.sync()
+	assert.EqualValues(t, 3, w.record().generation)
+	w.dev.Report.Observed = 3
+	w.now = w.now.Add(time.Hour)
+	w.sync()
+	assert.EqualValues(t, 3, w.record().generation)
 }

@@ -81,6 +81,9 @@ func readRecord(s *corev1.Secret) (*record, error) {
 	if r.minted, err = time.Parse(time.RFC3339, string(s.Data[keyMinted])); err != nil {
 		return fail(err)
 	}
+	if r.generation <= 0 {
+		return fail(fmt.Errorf("generation %d is not positive", r.generation))
+	}
 	b, err := bundle.Decode(r.encoded, r.device)
 	if err != nil {
 		return fail(err)
@@ -96,6 +99,9 @@ func readRecord(s *corev1.Secret) (*record, error) {
 
 // store writes the record if nobody else did since it was read.
 func (r *record) store(ctx context.Context, secrets corev1client.SecretInterface, namespace string) error {
+	if r.generation <= 0 {
+		return fmt.Errorf("generation %d is not positive", r.generation)
+	}
 	var s *corev1.Secret
 	var err error
 	if !r.exists {

@@ -135,8 +135,8 @@ func fromReport(out *corev1.PodStatus, in Input) {
 	if out.StartTime == nil && got.StartTime != nil {
 		out.StartTime = got.StartTime.DeepCopy()
 	}
-	out.InitContainerStatuses = containers(in.Pod.Spec.InitContainers, got.InitContainerStatuses, old.InitContainerStatuses)
-	out.ContainerStatuses = containers(in.Pod.Spec.Containers, got.ContainerStatuses, old.ContainerStatuses)
+	out.InitContainerStatuses = containers(in.Pod.Spec.RestartPolicy, in.Pod.Spec.InitContainers, got.InitContainerStatuses, old.InitContainerStatuses)
+	out.ContainerStatuses = containers(in.Pod.Spec.RestartPolicy, in.Pod.Spec.Containers, got.ContainerStatuses, old.ContainerStatuses)
 	for _, c := range got.Conditions {
 		switch c.Type {
 		case corev1.PodReady, corev1.ContainersReady, corev1.PodInitialized, corev1.PodReadyToStartContainers:
@@ -156,8 +156,9 @@ func fromReport(out *corev1.PodStatus, in Input) {
 }
 
 // containers takes over the statuses of those containers that the pod has, in
-// the pod's order.
-func containers(spec []corev1.Container, got, old []corev1.ContainerStatus) []corev1.ContainerStatus {
+// the pod's order. The end of a container that may not start again stays: the
+// API refuses anything else.
+func containers(policy corev1.RestartPolicy, spec []corev1.Container, got, old []corev1.ContainerStatus) []corev1.ContainerStatus {
 	var out []corev1.ContainerStatus
 	for _, c := range spec {
 		g, was := find(got, c.Name), find(old, c.Name)
@@ -176,6 +177,10 @@ func containers(spec []corev1.Container, got, old []corev1.ContainerStatus) []co
 		}
 		if was != nil {
 			s.RestartCount = max(s.RestartCount, was.RestartCount)
+			if final(policy, was.State.Terminated) && s.State.Terminated == nil {
+				kept := was.DeepCopy()
+				s.State, s.Ready, s.Started, s.ContainerID = kept.State, kept.Ready, kept.Started, kept.ContainerID
+			}
 		}
 		if s.Image == "" {
 			s.Image = c.Image
@@ -183,6 +188,11 @@ func containers(spec []corev1.Container, got, old []corev1.ContainerStatus) []co
 		out = append(out, s)
 	}
 	return out
+}
+
+// final says that a container which ended like this may not start again.
+func final(policy corev1.RestartPolicy, end *corev1.ContainerStateTerminated) bool {
+	return end != nil && (policy == corev1.RestartPolicyNever || policy == corev1.RestartPolicyOnFailure && end.ExitCode == 0)
 }
 
 // state cleans the texts of a container's state.

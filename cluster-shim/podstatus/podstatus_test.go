@@ -115,3 +115,23 @@ func TestRestartCountsNeverDecrease(t *testing.T) {
 	in.Reported = running(3)
 	assert.EqualValues(t, 9, podstatus.Build(in).ContainerStatuses[0].RestartCount)
 }
+
+func TestAnEndThatIsFinalStays(t *testing.T) {
+	for _, c := range []struct {
+		policy corev1.RestartPolicy
+		code   int32
+		stays  bool
+	}{
+		{corev1.RestartPolicyNever, 1, true}, {corev1.RestartPolicyOnFailure, 0, true},
+		{corev1.RestartPolicyOnFailure, 1, false}, {corev1.RestartPolicyAlways, 0, false},
+	} {
+		old := scheduled()
+		old.ContainerStatuses = []corev1.ContainerStatus{{Name: "app", State: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: c.code}}}}
+		in := podstatus.Input{Pod: pod(old), Reported: running(0), Connection: device.Connected, Now: at(30)}
+		in.Pod.Spec.RestartPolicy = c.policy
+		got := podstatus.Build(in).ContainerStatuses[0]
+		assert.Equal(t, c.stays, got.State.Terminated != nil, "%+v", c)
+		assert.Equal(t, c.stays, got.State.Running == nil, "%+v", c)
+		assert.Equal(t, !c.stays, got.Ready, "%+v", c)
+	}
+}

@@ -43,7 +43,8 @@ import (
 )
 
 const (
-	byNode = "node"
+	byNode   = "node"
+	byDevice = "device"
 	// resync makes every pod be looked at again, for tokens' sake.
 	resync  = time.Hour
 	failMin = 200 * time.Millisecond
@@ -158,6 +159,11 @@ func New(o Options) (*Sync, error) {
 			return []string{p.Spec.NodeName}, nil
 		}
 		return nil, nil
+	}, byDevice: func(obj any) ([]string, error) {
+		if p, ok := obj.(*corev1.Pod); ok && p.Annotations[wellknown.AnnotationDevice] != "" {
+			return []string{p.Annotations[wellknown.AnnotationDevice]}, nil
+		}
+		return nil, nil
 	}}); err != nil {
 		return nil, fmt.Errorf("cannot set up pod index: %w", err)
 	}
@@ -208,10 +214,15 @@ func (s *Sync) DeviceChanged(name string) {
 	if node, ok := s.o.Nodes.NodeOf(name); ok {
 		s.NodeChanged(node)
 	}
+	for _, p := range s.indexed(byDevice, name) { // they may be on any node
+		s.queue.Add(keyOf(p))
+	}
 }
 
-func (s *Sync) podsOn(node string) []*corev1.Pod {
-	list, err := s.informer.GetIndexer().ByIndex(byNode, node)
+func (s *Sync) podsOn(node string) []*corev1.Pod { return s.indexed(byNode, node) }
+
+func (s *Sync) indexed(index, value string) []*corev1.Pod {
+	list, err := s.informer.GetIndexer().ByIndex(index, value)
 	if err != nil {
 		return nil // the index exists
 	}
@@ -320,6 +331,9 @@ func (s *Sync) sync(ctx context.Context, k key) error {
 	if bound == "" && owner == "" {
 		return nil
 	}
+	if p.DeletionTimestamp != nil && !hasFinalizer(p) {
+		return s.remove(ctx, p) // it never left the cluster, or it ended
+	}
 	if owner != "" && owner != bound {
 		return s.foreign(ctx, p, owner)
 	}
@@ -328,8 +342,6 @@ func (s *Sync) sync(ctx context.Context, k key) error {
 		return nil // the inventory will tell
 	}
 	switch {
-	case p.DeletionTimestamp != nil && !hasFinalizer(p):
-		return s.remove(ctx, p) // it never left the cluster, or it ended
 	case p.DeletionTimestamp != nil:
 		return s.stop(ctx, p, dev)
 	case podstatus.Terminal(p.Status.Phase) && owner == "":
@@ -449,13 +461,13 @@ func (s *Sync) handOver(ctx context.Context, p *corev1.Pod, dev device.State, fi
 	if changed {
 		s.delivery.Changed(dev.Name)
 	}
-	if err := s.writeStatus(ctx, p, dev); err != nil {
-		return err
-	}
 	if podstatus.Terminal(p.Status.Phase) && hasFinalizer(p) && p.DeletionTimestamp == nil && dev.Report != nil && dev.Report.Confirmed(p.UID) {
+		if err := s.writeLast(ctx, p, dev); err != nil {
+			return err
+		}
 		return s.release(ctx, p)
 	}
-	return nil
+	return s.writeStatus(ctx, p, dev)
 }
 
 // claim sets finalizer and device in one patch.
@@ -511,7 +523,7 @@ func (s *Sync) stop(ctx context.Context, p *corev1.Pod, dev device.State) error 
 
 // finalize writes what the device said last and lets the pod go.
 func (s *Sync) finalize(ctx context.Context, p *corev1.Pod, dev device.State) error {
-	if err := s.writeStatus(ctx, p, dev); err != nil {
+	if err := s.writeLast(ctx, p, dev); err != nil {
 		return err
 	}
 	s.o.Log.InfoContext(ctx, "device confirmed the stop of pod", "namespace", p.Namespace, "pod", p.Name, "uid", p.UID, "device", dev.Name)
@@ -555,6 +567,17 @@ func (s *Sync) writeStatus(ctx context.Context, p *corev1.Pod, dev device.State)
 		s.o.Events.Event(p, corev1.EventTypeWarning, reason, message)
 	}
 	return s.patchStatus(ctx, p, podstatus.Build(in))
+}
+
+// writeLast is writeStatus for a pod of which the device confirmed the stop: a
+// status that the API refuses must not keep it for ever.
+func (s *Sync) writeLast(ctx context.Context, p *corev1.Pod, dev device.State) error {
+	err := s.writeStatus(ctx, p, dev)
+	if apierrors.IsInvalid(err) {
+		s.o.Log.WarnContext(ctx, "the last status of pod is refused, going on without it", "namespace", p.Namespace, "pod", p.Name, "uid", p.UID, "error", err)
+		return nil
+	}
+	return err
 }
 
 func (s *Sync) patchStatus(ctx context.Context, p *corev1.Pod, next corev1.PodStatus) error {

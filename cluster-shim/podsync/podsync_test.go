@@ -12,6 +12,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
 	k8stesting "k8s.io/client-go/testing"
@@ -285,4 +286,46 @@ func TestDisconnectedPodIsNotReady(t *testing.T) {
 	assert.Equal(t, corev1.ConditionFalse, p.Status.Conditions[0].Status)
 	assert.Equal(t, wellknown.ReasonDeviceDisconnected, p.Status.Conditions[0].Reason)
 	assert.Equal(t, corev1.PodRunning, p.Status.Phase)
+}
+
+// refuses makes the API refuse each status.
+func (w *world) refuses() {
+	w.cluster.PrependReactor("patch", "pods", func(a k8stesting.Action) (bool, runtime.Object, error) {
+		if a.GetSubresource() != "status" {
+			return false, nil, nil
+		}
+		return true, nil, apierrors.NewInvalid(corev1.SchemeGroupVersion.WithKind("Pod").GroupKind(), "a", nil)
+	})
+}
+
+func TestARefusedStatusKeepsNoPod(t *testing.T) {
+	stopped, ended := deleted(claimed("a")), claimed("job")
+	ended.Status.Phase = corev1.PodSucceeded
+	w := newWorld(t, stopped, ended)
+	w.minted = true
+	w.refuses()
+	w.reports(stopped, corev1.PodSucceeded, true)
+	assert.Nil(t, w.sync(stopped))
+	w.reports(ended, corev1.PodSucceeded, true)
+	w.dev.Report.Pods[0].Status.Message = "new"
+	assert.Empty(t, w.sync(ended).Finalizers)
+}
+
+func TestAnUndeliveredPodOfAnUnknownDeviceGoes(t *testing.T) {
+	p := deleted(pod("a"))
+	w := newWorld(t, p)
+	w.s.o.Devices = nobody{}
+	assert.Nil(t, w.sync(p))
+}
+
+type nobody struct{}
+
+func (nobody) Get(string) (device.State, bool) { return device.State{}, false }
+
+func TestDeviceChangedWakesItsPodsOnAnyNode(t *testing.T) {
+	p := claimed("a")
+	p.Spec.NodeName = "renamed"
+	w := newWorld(t, p)
+	w.s.DeviceChanged("d")
+	assert.Equal(t, 1, w.s.queue.Len())
 }

@@ -24,6 +24,7 @@ import (
 
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -110,8 +111,10 @@ func (r *Resolver) Close() {
 
 // Resolve gathers what pod needs. changed is called, and must not block,
 // whenever the answer may be another one, until Forget. Lenient is for a pod
-// that was delivered or shall stop: what is missing is left out, and no new
-// token is asked for if it is stopping. An error is worth a retry.
+// that was delivered or shall stop: what is known to be missing is left out,
+// and no new token is asked for if it is stopping. What could not be read is
+// no reason to take something from a pod that runs, but an error, unless the
+// pod is stopping. An error is worth a retry.
 func (r *Resolver) Resolve(ctx context.Context, pod *corev1.Pod, lenient bool, changed func()) (Result, error) {
 	refs, tokens := references(&pod.Spec)
 	res := Result{Pod: manifest(pod)}
@@ -129,7 +132,7 @@ func (r *Resolver) Resolve(ctx context.Context, pod *corev1.Pod, lenient bool, c
 			} else {
 				res.Secrets.Secrets = append(res.Secrets.Secrets, bundle.Secret{Name: ref.name, Type: f.typ, Data: f.data})
 			}
-		case f.failed != nil && !lenient && !ref.optional:
+		case f.failed != nil && !f.read && !stopping(pod) && (!ref.optional || !apierrors.IsForbidden(f.failed)):
 			failed = fmt.Errorf("cannot read %s %q: %w", ref.kind, ref.name, f.failed)
 		case !f.read && f.failed == nil:
 			res.Loading = true
@@ -146,7 +149,7 @@ func (r *Resolver) Resolve(ctx context.Context, pod *corev1.Pod, lenient bool, c
 	}
 	for _, t := range tokens {
 		token, ok, err := r.token(ctx, pod, t)
-		if err != nil && !lenient {
+		if err != nil && (!lenient || !ok && !apierrors.IsNotFound(err)) {
 			return res, err
 		}
 		if err != nil {
@@ -316,8 +319,7 @@ func (r *Resolver) token(ctx context.Context, pod *corev1.Pod, t tokenRef) (bund
 	r.mu.Lock()
 	have, ok := r.tokens[pod.UID][t]
 	r.mu.Unlock()
-	stopping := pod.DeletionTimestamp != nil || pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
-	if stopping || ok && r.o.Now().Sub(have.at) < tokenAge {
+	if stopping(pod) || ok && r.o.Now().Sub(have.at) < tokenAge {
 		return have.token, ok, nil
 	}
 	client, err := r.o.Client(pod.Spec.NodeName)
@@ -347,6 +349,11 @@ func (r *Resolver) token(ctx context.Context, pod *corev1.Pod, t tokenRef) (bund
 	}
 	r.tokens[pod.UID][t] = issued{token: token, at: r.o.Now()}
 	return token, true, nil
+}
+
+// stopping says that the pod ended or shall end.
+func stopping(pod *corev1.Pod) bool {
+	return pod.DeletionTimestamp != nil || pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed
 }
 
 // manifest is the part of a pod that its device needs. What changes while the

@@ -12,6 +12,7 @@ import (
 	"github.com/stretchr/testify/require"
 	authv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes/fake"
@@ -146,4 +147,43 @@ func TestManifestHasNoNoise(t *testing.T) {
 	p.DeletionTimestamp = &now
 	stopping := manifest(p)
 	assert.True(t, stopping.Terminating())
+}
+
+func TestWhatCannotBeReadIsNotMissing(t *testing.T) {
+	r := New(t.Context(), Options{Log: slog.New(slog.DiscardHandler)})
+	defer r.Close()
+	p := pod()
+	refs, _ := references(&p.Spec)
+	set := func(f follower) {
+		for _, ref := range refs {
+			next := f
+			next.stop, next.holders = func() {}, holders{}
+			r.objects[ref.object(p)] = &next
+		}
+	}
+	set(follower{failed: errors.New("connection refused")})
+	_, err := r.Resolve(t.Context(), p, true, func() {})
+	require.ErrorContains(t, err, "connection refused", "it runs with what it has")
+	ended := p.DeepCopy()
+	ended.Status.Phase = corev1.PodFailed
+	res, err := r.Resolve(t.Context(), ended, true, func() {})
+	require.NoError(t, err)
+	assert.NotEmpty(t, res.Missing, "it needs nothing any more")
+
+	set(follower{read: true, found: true})
+	cluster := fake.NewClientset()
+	var refused error
+	cluster.PrependReactor("create", "serviceaccounts", func(k8stesting.Action) (bool, runtime.Object, error) { return true, nil, refused })
+	r.o.Client = func(string) (corev1client.CoreV1Interface, error) { return cluster.CoreV1(), nil }
+	refused = errors.New("timed out")
+	_, err = r.Resolve(t.Context(), p, true, func() {})
+	require.ErrorContains(t, err, "timed out", "there is no older token")
+	refused = apierrors.NewNotFound(corev1.Resource("serviceaccounts"), "app")
+	_, err = r.Resolve(t.Context(), p, true, func() {})
+	require.NoError(t, err, "the account is gone for good")
+	r.tokens[p.UID] = map[tokenRef]issued{{"", 3600}: {token: bundle.Token{Value: "old"}}}
+	refused = errors.New("timed out")
+	res, err = r.Resolve(t.Context(), p, true, func() {})
+	require.NoError(t, err)
+	assert.Equal(t, "old", res.Secrets.Tokens[0].Value)
 }

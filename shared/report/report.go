@@ -34,6 +34,9 @@ const (
 	// MaxCapacity is the most that a device may have of anything, in whole
 	// units; a thousand times as much still fits into an int64.
 	MaxCapacity = 1 << 53
+	// MaxCount bounds sequences and generations, so that counting on from
+	// what a device says never overflows.
+	MaxCount = 1 << 53
 )
 
 // Why a report is refused. Decode wraps exactly one of them.
@@ -174,6 +177,9 @@ func Decode(text, device string) (*Report, error) {
 func (r *Report) check() error {
 	if r.Sequence < 0 || r.Observed < 0 || r.Applied < 0 {
 		return errors.New("negative sequence or generation")
+	}
+	if max(r.Sequence, r.Observed, r.Applied) > MaxCount {
+		return fmt.Errorf("sequence %d, observed %d or applied %d is above %d", r.Sequence, r.Observed, r.Applied, int64(MaxCount))
 	}
 	for name, q := range r.Capacity {
 		if q.Sign() < 0 || q.CmpInt64(MaxCapacity) > 0 {
