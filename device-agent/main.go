@@ -117,7 +117,7 @@ func helperCommands() []*cobra.Command {
 	add := func(use, short string, setup func(*cobra.Command) func(context.Context, *container.Helper, []string) error) {
 		c := &cobra.Command{Use: use, Short: short, Hidden: true}
 		var uid, podman, state, runDir string
-		h := &container.Helper{Now: time.Now}
+		h := &container.Helper{Now: time.Now, After: time.After}
 		c.Flags().StringVar(&uid, "pod", "", "the pod's UID")
 		c.Flags().StringVar(&h.Container, "container", "", "the container's name in the pod")
 		c.Flags().StringVar(&h.Name, "name", "", "the container's name in podman")

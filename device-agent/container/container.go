@@ -46,7 +46,9 @@ type Helper struct {
 	Podman string
 	BootID string
 	Now    func() time.Time
-	UID    types.UID
+	// After is time.After.
+	After func(time.Duration) <-chan time.Time
+	UID   types.UID
 	// Container is its name in the pod, Name its name in podman.
 	Container, Name string
 }
@@ -65,18 +67,28 @@ func NextDelay(previous time.Duration, attempts int32, ran time.Duration) time.D
 }
 
 // Backoff waits until the container may start, counts the start, and writes
-// the files that the start reads.
+// the files that the start reads. It returns an error only after the first
+// delay, so that a unit that is restarted for ever does not spin.
 func (h *Helper) Backoff(ctx context.Context) error {
+	err := h.backoff(ctx)
+	if err != nil {
+		select {
+		case <-h.After(firstDelay):
+		case <-ctx.Done():
+		}
+	}
+	return err
+}
+
+func (h *Helper) backoff(ctx context.Context) error {
 	r, err := h.Store.Record(h.UID, h.Container)
 	if err != nil {
 		return err
 	}
 	// A boot ends the wait too: what failed may be gone.
 	if wait := r.Until.Sub(h.Now()); wait > 0 && r.BootID == h.BootID {
-		timer := time.NewTimer(min(wait, maxDelay))
-		defer timer.Stop()
 		select {
-		case <-timer.C:
+		case <-h.After(min(wait, maxDelay)):
 		case <-ctx.Done():
 			return fmt.Errorf("interrupted while waiting for the back-off: %w", ctx.Err())
 		}
@@ -86,11 +98,7 @@ func (h *Helper) Backoff(ctx context.Context) error {
 
 func (h *Helper) begin(ctx context.Context, r lifecycle.Record) error {
 	if r.Attempts > 0 && !r.Ended() {
-		// Nobody could write down how the last run ended: a power cut.
-		r.Before, r.Last = r.Last, &lifecycle.End{
-			ExitCode: 255, Reason: "Unknown", Message: "The device stopped without writing down how the container ended.",
-			Started: r.Started, Finished: h.Now().UTC(),
-		}
+		r.Interrupt(h.Now())
 	}
 	r.Attempts++
 	r.BootID, r.Started, r.Until = h.BootID, h.Now().UTC(), time.Time{}
@@ -194,9 +202,17 @@ type inspected struct {
 	}
 }
 
+var errNoContainer = errors.New("no such container")
+
+// inspect returns what podman says of the container; errNoContainer if podman
+// has none.
 func (h *Helper) inspect(ctx context.Context) (*inspected, error) {
 	out, err := exec.CommandContext(ctx, h.Podman, "container", "inspect", h.Name).Output()
 	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) && strings.Contains(strings.ToLower(string(exit.Stderr)), errNoContainer.Error()) {
+			return nil, fmt.Errorf("cannot inspect container %s: %w", h.Name, errNoContainer)
+		}
 		return nil, fmt.Errorf("cannot inspect container %s: %w", h.Name, err)
 	}
 	var list []inspected
@@ -226,7 +242,7 @@ func (h *Helper) Record(ctx context.Context, e Ending) error {
 		return nil // it never started, or ended during the wait
 	}
 	in, inspectErr := h.inspect(ctx)
-	end := Judge(e, in, h.Now().UTC())
+	end := h.judge(e, in, inspectErr)
 	if end.Started.IsZero() {
 		end.Started = r.Started
 	}
@@ -249,14 +265,26 @@ func (h *Helper) finish(r *lifecycle.Record, end lifecycle.End) {
 	if end.Finished.Before(r.Started) { // the clock was set back, or inspect is of an older one
 		end.Finished = r.Started
 	}
-	r.Before, r.Last = r.Last, &end
+	r.End(end)
 	r.Delay = NextDelay(r.Delay, r.Attempts, end.Finished.Sub(end.Started))
 	r.Until = end.Finished.Add(r.Delay)
 }
 
-// Judge turns what systemd and podman say into an end. in is nil if podman
-// has no such container.
-func Judge(e Ending, in *inspected, now time.Time) lifecycle.End {
+// judge is Judge if podman answered. If it failed to, systemd's word is all
+// there is: the container may well have run.
+func (h *Helper) judge(e Ending, in *inspected, inspectErr error) lifecycle.End {
+	if inspectErr == nil || errors.Is(inspectErr, errNoContainer) {
+		return Judge(e, in, h.Now().UTC())
+	}
+	end := fromSystemd(e, h.Now().UTC())
+	if end.ExitCode == 0 {
+		end.Reason = "Completed"
+	}
+	return end
+}
+
+// fromSystemd is the end that systemd's variables tell of.
+func fromSystemd(e Ending, now time.Time) lifecycle.End {
 	end := lifecycle.End{Finished: now, Reason: "Error"}
 	switch status, err := strconv.Atoi(e.ExitStatus); {
 	case e.ExitCode == "exited" && err == nil:
@@ -266,6 +294,13 @@ func Judge(e Ending, in *inspected, now time.Time) lifecycle.End {
 	default: // conmon was killed, or something timed out
 		end.ExitCode = 137
 	}
+	return end
+}
+
+// Judge turns what systemd and podman say into an end. in is nil if podman
+// has no such container.
+func Judge(e Ending, in *inspected, now time.Time) lifecycle.End {
+	end := fromSystemd(e, now)
 	switch {
 	case in == nil || in.State.Status == "created" || in.State.Status == "initialized" || in.State.StartedAt.Year() < 1970:
 		if in != nil {
@@ -355,7 +390,7 @@ func (h *Helper) RunInit(ctx context.Context, policy corev1.RestartPolicy, grace
 		if err != nil {
 			return err
 		}
-		end := Judge(Ending{}, in, h.Now().UTC())
+		end := h.judge(Ending{}, in, inspectErr)
 		if end.Started.IsZero() {
 			end.Started = r.Started
 		}

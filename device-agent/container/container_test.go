@@ -78,7 +78,7 @@ func helper(t *testing.T, script string) (*Helper, *time.Time) {
 	podman := filepath.Join(dir, "podman")
 	require.NoError(t, os.WriteFile(podman, []byte("#!/bin/sh\n"+script), 0o755))
 	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	h := &Helper{Store: store, Podman: podman, BootID: "boot", Now: func() time.Time { return now }, UID: "u", Container: "c", Name: "n"}
+	h := &Helper{Store: store, Podman: podman, BootID: "boot", Now: func() time.Time { return now }, After: time.After, UID: "u", Container: "c", Name: "n"}
 	env := EnvFile(store.RunDir("u"), "c")
 	require.NoError(t, os.MkdirAll(filepath.Dir(env), 0o700))
 	data, err := json.Marshal([]podenv.Var{{Name: "A", Value: "b"}, {Name: "IP", Value: "is " + PodIPPlaceholder, Runtime: true}})
@@ -130,6 +130,63 @@ esac`)
 	message, err := os.ReadFile(unit.TerminationFile(h.Store.PodDir("u"), "c"))
 	require.NoError(t, err)
 	assert.Empty(t, message, "each run has a message of its own")
+}
+
+func TestRecordWithTheClockSetBack(t *testing.T) {
+	h, now := helper(t, `
+case "$*" in
+*-infra) echo "10.88.0.9 " ;;
+*) echo '[{"ID":"id1","Image":"img1","State":{"Status":"exited","ExitCode":5,"StartedAt":"2026-01-02T03:04:05Z","FinishedAt":"2026-01-02T03:04:06Z"}}]' ;;
+esac`)
+	ctx := context.Background()
+	require.NoError(t, h.Backoff(ctx))
+	require.NoError(t, h.Record(ctx, Ending{"exit-code", "exited", "5"}))
+	*now = now.Add(-time.Hour)
+	require.NoError(t, h.Backoff(ctx))
+	r, err := h.Store.Record("u", "c")
+	require.NoError(t, err)
+	assert.False(t, r.Ended(), "the second run goes on, whatever the clock says")
+	require.NoError(t, h.Record(ctx, Ending{"exit-code", "exited", "5"}))
+	r, err = h.Store.Record("u", "c")
+	require.NoError(t, err)
+	assert.True(t, r.Ended())
+	assert.NotNil(t, r.Before)
+	assert.Equal(t, firstDelay, r.Delay)
+}
+
+func TestRecordWithoutAnAnswer(t *testing.T) {
+	for name, c := range map[string]struct {
+		stderr string
+		e      Ending
+		code   int32
+		reason string
+	}{
+		"no such container": {`no such container "n"`, Ending{"exit-code", "exited", "125"}, 128, "StartError"},
+		"a failed run":      {"database is locked", Ending{"exit-code", "exited", "3"}, 3, "Error"},
+		"a good run":        {"database is locked", Ending{"success", "exited", "0"}, 0, "Completed"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h, now := helper(t, `echo 'Error: `+c.stderr+`' >&2; exit 125`)
+			require.NoError(t, h.Store.PutRecord("u", "c", lifecycle.Record{Attempts: 1, Started: *now}))
+			err := h.Record(context.Background(), c.e)
+			assert.Equal(t, c.reason != "StartError", err != nil, "%v", err)
+			r, err := h.Store.Record("u", "c")
+			require.NoError(t, err)
+			assert.True(t, r.Ended())
+			assert.Equal(t, c.code, r.Last.ExitCode)
+			assert.Equal(t, c.reason, r.Last.Reason)
+		})
+	}
+}
+
+func TestBackoffWaitsBeforeAnError(t *testing.T) {
+	h, _ := helper(t, "exit 1") // the pod's address cannot be found
+	var waits []time.Duration
+	over := make(chan time.Time)
+	close(over)
+	h.After = func(d time.Duration) <-chan time.Time { waits = append(waits, d); return over }
+	require.ErrorContains(t, h.Backoff(context.Background()), "address")
+	assert.Equal(t, []time.Duration{firstDelay}, waits)
 }
 
 func TestBackoffIsInterruptible(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"k8s.io/apimachinery/pkg/types"
 
@@ -26,6 +27,8 @@ import (
 // Store is the state folder.
 type Store struct {
 	state, run string
+	// tombstones guards the list of tombstones: pods are stopped at once.
+	tombstones sync.Mutex
 }
 
 // Open makes the folders. run is where a reboot may forget.
@@ -149,6 +152,8 @@ func (s *Store) Tombstones() ([]types.UID, error) {
 
 // AddTombstone remembers that a pod was stopped for good.
 func (s *Store) AddTombstone(uid types.UID) error {
+	s.tombstones.Lock()
+	defer s.tombstones.Unlock()
 	t, err := s.Tombstones()
 	if err != nil {
 		return err

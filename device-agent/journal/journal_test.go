@@ -1,9 +1,11 @@
 package journal
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"time"
 
@@ -109,4 +111,18 @@ func TestNumber(t *testing.T) {
 	n, err = s.Number("sequence")
 	require.NoError(t, err)
 	assert.EqualValues(t, 7, n)
+}
+
+func TestTombstonesAtOnce(t *testing.T) {
+	s := store(t)
+	errs := make([]error, 20)
+	var all sync.WaitGroup
+	for n := range errs {
+		all.Go(func() { errs[n] = s.AddTombstone(types.UID(fmt.Sprint("u", n))) })
+	}
+	all.Wait()
+	require.NoError(t, errors.Join(errs...))
+	got, err := s.Tombstones()
+	require.NoError(t, err)
+	assert.Len(t, got, len(errs))
 }

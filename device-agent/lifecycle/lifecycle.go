@@ -45,6 +45,9 @@ type Instance struct {
 type Record struct {
 	// Attempts counts the starts, the present one too.
 	Attempts int32 `json:"attempts"`
+	// EndedAttempts is the number of the start that ended last. No clock says
+	// whether a start has ended: clocks are set back.
+	EndedAttempts int32 `json:"endedAttempts,omitempty"`
 	// BootID is the boot of the last start.
 	BootID string `json:"bootID,omitempty"`
 	// Started is the last start; zero before the first.
@@ -60,7 +63,21 @@ type Record struct {
 
 // Ended says whether the last start has ended.
 func (r *Record) Ended() bool {
-	return r.Last != nil && !r.Last.Finished.Before(r.Started)
+	return r.Last != nil && r.EndedAttempts == r.Attempts
+}
+
+// End records how the last start ended.
+func (r *Record) End(end End) {
+	r.Before, r.Last, r.EndedAttempts = r.Last, &end, r.Attempts
+}
+
+// Interrupt records, at the given time, that nobody could write down how the
+// last start ended: a power cut.
+func (r *Record) Interrupt(now time.Time) {
+	r.End(End{
+		ExitCode: 255, Reason: "Unknown", Message: "The device stopped without writing down how the container ended.",
+		Started: r.Started, Finished: now.UTC(),
+	})
 }
 
 // End is how a container ended.

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -106,7 +107,8 @@ func (w *Writer) Run(ctx context.Context) error {
 	tick := time.NewTicker(w.o.Interval)
 	defer tick.Stop()
 	var reloaded time.Time
-	reloadDue := false
+	// A report of before this start may not have been collected.
+	reloadDue := true
 	for {
 		changed, err := w.write(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -114,8 +116,8 @@ func (w *Writer) Run(ctx context.Context) error {
 		}
 		reloadDue = reloadDue || changed
 		if reloadDue && w.o.Now().Sub(reloaded) >= w.o.ReloadInterval {
-			reloaded, reloadDue = w.o.Now(), false
-			w.reload(ctx)
+			reloaded = w.o.Now()
+			reloadDue = !w.reload(ctx)
 		}
 		var due <-chan time.Time
 		if reloadDue {
@@ -177,7 +179,7 @@ func (w *Writer) write(ctx context.Context) (bool, error) {
 		return false, err
 	}
 	next.Sequence++
-	text, err := next.Encode()
+	text, err := w.encode(&next)
 	if err != nil {
 		return false, err
 	}
@@ -192,6 +194,43 @@ func (w *Writer) write(ctx context.Context) (bool, error) {
 	w.mu.Unlock()
 	w.o.Log.Info("report written", "sequence", next.Sequence, "observed", next.Observed, "applied", next.Applied, "pods", len(next.Pods))
 	return true, nil
+}
+
+// encode encodes a report. From one that is too large it leaves out messages
+// of terminated containers, the older ones first: confirmations must arrive.
+func (w *Writer) encode(full *report.Report) (string, error) {
+	text, err := full.Encode()
+	for _, all := range []bool{false, true} {
+		if !errors.Is(err, report.ErrTooLarge) {
+			break
+		}
+		w.o.Log.Warn("report is too large, leaving out termination messages", "all", all, "error", err)
+		short := withoutMessages(full, all)
+		text, err = short.Encode()
+	}
+	return text, err
+}
+
+// withoutMessages returns a copy of r without the messages of its containers'
+// last terminations or, if all is true, of the present ones too.
+func withoutMessages(r *report.Report, all bool) *report.Report {
+	out := *r
+	out.Pods = slices.Clone(r.Pods)
+	for i := range out.Pods {
+		status := out.Pods[i].Status.DeepCopy()
+		for _, list := range [][]corev1.ContainerStatus{status.InitContainerStatuses, status.ContainerStatuses} {
+			for j := range list {
+				if t := list[j].LastTerminationState.Terminated; t != nil {
+					t.Message = ""
+				}
+				if t := list[j].State.Terminated; t != nil && all {
+					t.Message = ""
+				}
+			}
+		}
+		out.Pods[i].Status = *status
+	}
+	return &out
 }
 
 func (w *Writer) exists() bool {
@@ -212,8 +251,8 @@ func equal(a, b *report.Report) (bool, error) {
 }
 
 // reload has Flightctl's agent collect the report. Before the agent is
-// connected, a reload would end it.
-func (w *Writer) reload(ctx context.Context) {
+// connected, a reload would end it. It says whether the reload was asked for.
+func (w *Writer) reload(ctx context.Context) bool {
 	text, err := w.o.Flightctl.StatusText(ctx, w.o.Unit)
 	switch {
 	case err != nil:
@@ -223,6 +262,9 @@ func (w *Writer) reload(ctx context.Context) {
 	default:
 		if err := w.o.Flightctl.Reload(ctx, w.o.Unit); err != nil {
 			w.o.Log.Warn("cannot have the report collected", "error", err)
+			return false
 		}
+		return true
 	}
+	return false
 }

@@ -51,41 +51,41 @@ func TestComputeGolden(t *testing.T) {
 		},
 		"initializing": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyAlways, "one", "two")
-			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
+			in.Records["one"] = lifecycle.Record{Attempts: 1, EndedAttempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
 			in.Records["two"] = lifecycle.Record{Attempts: 1, Started: at(3)}
 			in.Containers["two"] = Observed{ID: "22", ImageID: "1mage", Running: true, Started: at(3)}
 			return in
 		},
 		"running": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyAlways, "one")
-			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
+			in.Records["one"] = lifecycle.Record{Attempts: 1, EndedAttempts: 1, Started: at(1), Last: end(0, "Completed", 1, 2)}
 			in.Records["main"] = lifecycle.Record{Attempts: 2, Started: at(10), Last: end(1, "Error", 5, 9)}
 			in.Containers["main"] = Observed{ID: "33", ImageID: "1mage", Running: true, Started: at(10)}
 			return in
 		},
 		"crash-loop": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyAlways)
-			in.Records["main"] = lifecycle.Record{Attempts: 3, Started: at(10), Last: end(137, "OOMKilled", 10, 11), Delay: 20 * time.Second, Until: at(31)}
+			in.Records["main"] = lifecycle.Record{Attempts: 3, EndedAttempts: 3, Started: at(10), Last: end(137, "OOMKilled", 10, 11), Delay: 20 * time.Second, Until: at(31)}
 			return in
 		},
 		"succeeded": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyOnFailure)
-			in.Records["main"] = lifecycle.Record{Attempts: 2, Started: at(10), Last: end(0, "Completed", 10, 11), Before: end(1, "Error", 5, 6), Delay: 20 * time.Second}
+			in.Records["main"] = lifecycle.Record{Attempts: 2, EndedAttempts: 2, Started: at(10), Last: end(0, "Completed", 10, 11), Before: end(1, "Error", 5, 6), Delay: 20 * time.Second}
 			return in
 		},
 		"failed": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyNever)
-			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10), Last: end(4, "Error", 10, 11)}
+			in.Records["main"] = lifecycle.Record{Attempts: 1, EndedAttempts: 1, Started: at(10), Last: end(4, "Error", 10, 11)}
 			return in
 		},
 		"init-failed": func() Input {
 			in := input(lifecycle.Running, corev1.RestartPolicyNever, "one")
-			in.Records["one"] = lifecycle.Record{Attempts: 1, Started: at(1), Last: end(9, "Error", 1, 2)}
+			in.Records["one"] = lifecycle.Record{Attempts: 1, EndedAttempts: 1, Started: at(1), Last: end(9, "Error", 1, 2)}
 			return in
 		},
 		"stopped": func() Input {
 			in := input(lifecycle.Stopped, corev1.RestartPolicyAlways)
-			in.Records["main"] = lifecycle.Record{Attempts: 1, Started: at(10), Last: end(143, "Error", 10, 40)}
+			in.Records["main"] = lifecycle.Record{Attempts: 1, EndedAttempts: 1, Started: at(10), Last: end(143, "Error", 10, 40)}
 			in.PodActive, in.PodIPs = false, nil
 			return in
 		},

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/dbus"
 	godbus "github.com/godbus/dbus/v5"
@@ -119,7 +120,8 @@ func (c *Conn) Version() (string, error) {
 }
 
 // Watch calls changed with the name of each unit with the prefix whose
-// properties change, until ctx ends or the connection is lost.
+// properties change, until ctx ends or, which is an error, the connection is
+// lost.
 func (c *Conn) Watch(ctx context.Context, prefix string, changed func(string)) error {
 	updates := make(chan *dbus.PropertiesUpdate, 256)
 	errs := make(chan error, 16)
@@ -128,14 +130,28 @@ func (c *Conn) Watch(ctx context.Context, prefix string, changed func(string)) e
 	if err := c.conn.Subscribe(); err != nil {
 		return fmt.Errorf("cannot subscribe to systemd: %w", err)
 	}
+	return watch(ctx, updates, errs, c.Connected, prefix, changed)
+}
+
+// checkInterval is how long a lost connection may go unnoticed: the library
+// tells nobody of it.
+const checkInterval = 5 * time.Second
+
+func watch(ctx context.Context, updates <-chan *dbus.PropertiesUpdate, errs <-chan error, connected func() bool, prefix string, changed func(string)) error {
+	check := time.NewTicker(checkInterval)
+	defer check.Stop()
 	for {
 		select {
+		case <-check.C:
+			if !connected() {
+				return errors.New("lost systemd: the connection was closed")
+			}
 		case u := <-updates:
 			if strings.HasPrefix(u.UnitName, prefix) {
 				changed(u.UnitName)
 			}
 		case err := <-errs:
-			if !c.conn.Connected() {
+			if !connected() {
 				return fmt.Errorf("lost systemd: %w", err)
 			}
 			// An update was dropped since too many came at once: look at all.

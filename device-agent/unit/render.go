@@ -282,7 +282,7 @@ func (r *renderer) run(path *field.Path, c *corev1.Container, name Container, no
 	argv := []string{
 		host.Podman, "run", "--detach", "--replace", "--name", name.Podman(), "--pod-id-file=" + r.idFile(),
 		"--cgroups=split", "--pull=never", notify, "--stop-timeout=" + strconv.FormatInt(Grace(pod), 10),
-		"--log-driver=k8s-file", "--log-opt=path=" + host.StateDir + "/log/" + c.Name + ".log",
+		"--log-driver=k8s-file", "--log-opt=path=" + host.StateDir + "/log/" + c.Name + ".log", "--log-opt=max-size=10mb",
 		"--systemd=false", "--http-proxy=false", "--no-healthcheck",
 		"--label=jetbridge.dev/uid=" + string(pod.UID), "--label=jetbridge.dev/container=" + c.Name,
 		"--env-file=" + host.RunDir + "/env/" + c.Name + ".podman",
